@@ -1,0 +1,6 @@
+"""Hypergradient methods, their registry, and the reverse sweep through a program."""
+from .cg import CG
+from .darts import Darts
+from .exact import Exact
+from .method import METHODS, Linearization, LinearSolve, Method, Solve, make_method, option, register, undisturbed
+from .sweep import Hypergradient, hypergradient, path_shares

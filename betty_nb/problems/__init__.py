@@ -1,0 +1,2 @@
+"""The levels of a program."""
+from .problem import ImplicitProblem, Problem
