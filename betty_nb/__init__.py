@@ -1,0 +1,23 @@
+"""An interactive toolkit for multilevel optimization in PyTorch: declare the levels, run them, and look inside."""
+from .configs import Config, EngineConfig
+from .engine import Engine
+from .graph import Graph, GraphError, GraphWarning
+from .hypergradient import CG, Darts, Exact, LinearSolve, Method, Solve, register
+from .problems import ImplicitProblem, Problem
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name == "Debugger":  # loaded when it is first asked for
+        from .debugger import Debugger
+
+        return Debugger
+    raise AttributeError(f"module 'betty_nb' has no attribute {name!r}")
+
+
+def debug(engine):
+    "The dashboard of a live Engine in a notebook; in a script its state is printed and the headless Debugger returned"
+    from .widgets.debug import debug
+
+    return debug(engine)

@@ -35,6 +35,9 @@ class Options:
             raise AttributeError(f"{type(self).__name__} has no option {name!r}: {closest(name, [f.name for f in dataclasses.fields(self)])}.")
         self._check(name, f, value)
         object.__setattr__(self, name, value)
+        Options.revision += 1
+
+    revision = 0  # counts the assignments to all options, so that a change is noticed without comparing them
 
     def _check(self, name, f, value):
         where = f"{type(self).__name__}({name}=…)"

@@ -70,7 +70,8 @@ class Engine:
         self.watchers = []  # objects with before(action) and after(action), for debuggers
         self.validated = {}  # what validation() returned last
         self._agenda = []
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held during one action
+        self._claimed = threading.Lock()  # held during one run
         self._wire(graph)
         for p in problems:
             p.reset()
@@ -118,6 +119,9 @@ class Engine:
             p.leaf = not p.children
             p.ready = {k for k in p.ready if k in graph.lower(p.name)}
         self._levels, self._leaves = levels, graph.leaves
+        self._actions = {k: [Action(kind, k) for kind in ("draw", "hypergradient", "descend")[:: 1 if graph.receivers(k) else 2]] for k in levels}
+        own_order = type(self).train_step is not Engine.train_step
+        self._leaf_actions = [Action("train_step")] if own_order else [a for leaf in graph.leaves for a in self._actions[leaf]]
 
     def _warn_methods(self):
         for p in self.problems:
@@ -145,16 +149,10 @@ class Engine:
 
     def _iteration(self):
         "The actions of the next iteration: a step of each leaf, and a validation when one is due"
-        if self._overrides("train_step"):
-            plan = [Action("train_step")]
-        else:
-            plan = [Action(kind, leaf) for leaf in self._leaves for kind in ("draw", "descend")]
-        if self._overrides("validation") and (self.global_step + 1) % self.config.valid_step == 0:
+        plan = list(self._leaf_actions)
+        if (self.global_step + 1) % self.config.valid_step == 0 and type(self).validation is not Engine.validation:
             plan.append(Action("validate"))
         return plan
-
-    def _overrides(self, hook):
-        return getattr(type(self), hook) is not getattr(Engine, hook)
 
     @property
     def completed(self):
@@ -177,7 +175,7 @@ class Engine:
     def _perform(self, action, scheduled):
         for watcher in self.watchers:
             watcher.before(action)
-        follow = self._by_hand(action) if action.manual else getattr(self, f"_do_{action.kind}")(action)
+        follow = self._by_hand(action) if action.manual else self._do[action.kind](self, action)
         if scheduled:
             self._agenda[:1] = follow or []
         for watcher in self.watchers:
@@ -218,6 +216,8 @@ class Engine:
     def _do_train_step(self, action):
         self.train_step()
 
+    _do = {"draw": _do_draw, "hypergradient": _do_hypergradient, "descend": _do_descend, "validate": _do_validate, "train_step": _do_train_step}
+
     def _start_of_unroll(self, p):
         if p.count % (p.config.unroll_steps * p.config.gradient_accumulation) == 0:
             p.on_inner_loop_start()
@@ -242,12 +242,8 @@ class Engine:
             upper.ready.add(p.name)
             if upper.ready.issuperset(self.graph.lower(name)):
                 upper.ready = set()
-                follow += self._step_actions(name)
+                follow += self._actions[name]
         return follow
-
-    def _step_actions(self, name):
-        kinds = ("draw", "hypergradient", "descend") if self.graph.receivers(name) else ("draw", "descend")
-        return [Action(kind, name) for kind in kinds]
 
     def _by_hand(self, action):
         p = self._levels[action.level]
@@ -257,14 +253,14 @@ class Engine:
         self._take_gradient(p)
         p.steps += 1
         p.update()
-        p.batch = batch
+        p.batch = p.batch if batch is None else batch  # the schedule may have drawn one that it has not used yet
         for q, grad in zip(p.trainable_parameters(), grads):
             q.grad = grad
 
     def step_problem(self, name):
         "A step of `name` now, with every action that falls due with it (what `problem.step()` does)"
         with self._lock:
-            rest, self._agenda = self._agenda, self._step_actions(name)
+            rest, self._agenda = self._agenda, list(self._actions[name])
             while self._agenda:
                 self._perform(self._agenda[0], scheduled=True)
             self._agenda = rest
@@ -275,20 +271,42 @@ class Engine:
         """Run `iterations` iterations of the program (default: those that are left of config.train_iters, or as many again when none is).
 
         A request to stop (`stop()`, from another thread or a hook) ends the run after the action in progress; call `run` again to go on."""
+        self.claim()
+        self.drain(iterations, progress)
+
+    def claim(self):
+        "Reserve the engine for one run or step; whoever comes second is refused. The claim ends with `release`, from any thread."
+        if not self._claimed.acquire(blocking=False):
+            raise RuntimeError("The program is running already: pause it first, or wait until the run is over.")
+        self.stop_requested = False
+
+    def release(self):
+        "Give back what `claim` reserved"
+        self._claimed.release()
+
+    @property
+    def running(self):
+        "Whether somebody has claimed the engine"
+        return self._claimed.locked()
+
+    def drain(self, iterations=None, progress=False):
+        "The loop of a `run` that has been claimed; it releases the claim at its end"
         if iterations is None:
             left = self.config.train_iters - self.completed
             iterations = left if left > 0 else self.config.train_iters
         goal = self.completed + iterations
-        self.stop_requested = False
-        with self._bar(goal, progress) as bar:
-            while self.completed < goal and not self.stop_requested:
-                before = self.completed
-                self.advance()
-                if bar is not None and self.completed > before:
-                    bar.update()
-        self._check_finite()
-        if self.logger is not None:
-            self.logger.close()
+        try:
+            with self._bar(goal, progress) as bar:
+                while self.completed < goal and not self.stop_requested:
+                    before = self.completed
+                    self.advance()
+                    if bar is not None and self.completed > before:
+                        bar.update()
+            self._check_finite()
+        finally:
+            if self.logger is not None:
+                self.logger.close()
+            self.release()
 
     def stop(self):
         "Ask a run to end after the action in progress"

@@ -1,0 +1,3 @@
+"""The headless debugger: records, timeline, controller."""
+from .controller import Debugger
+from .records import Comparison, HypergradientRecord, LevelState, Moved, ProgramState, Record, SetsRecord, Swapped, Table

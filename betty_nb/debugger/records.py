@@ -7,9 +7,9 @@ __all__ = ['Table', 'show', 'Record', 'LevelState', 'ProgramState', 'ActionRecor
            'PathRow', 'HypergradientRecord', 'verdict', 'SetRow', 'SetsRecord', 'MethodOption', 'MethodInfo', 'Swapped',
            'ComparisonRow', 'Comparison']
 
-# %% ../../nbs/debugger/00_records.ipynb #1d7e92b7
+# %% ../../nbs/debugger/00_records.ipynb #d90015e0
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # %% ../../nbs/debugger/00_records.ipynb #527d580e
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class CG(LinearSolve):
     "Conjugate gradient on H w = v"
 
     linear = False  # its steps depend on the vector, so a truncated solution is not linear in it
-    iterations: int = option(10, "most steps, one Hessian-vector product each", low=1)
+    iterations: int = option(10, "most steps, one Hessian-vector product each", low=1, main=True)
     tolerance: float = option(0.0, "stop at |H w - v| <= tolerance |v|; 0 takes all steps and never waits for the GPU", low=0.0)
     damping: float = option(0.0, "solve (H + damping I) w = v instead, for Hessians that are barely positive", low=0.0)
 

@@ -19,12 +19,12 @@ class Darts(Method):
     "Central difference along the vector, with the identity for the inverse Hessian"
 
     linear = False  # the radius depends on the vector
-    alpha: float = option(0.01, "length of the displacement of the level's parameters, in their own unit", above=0.0)
+    alpha: float = option(0.01, "length of the displacement of the level's parameters, in their own unit", above=0.0, main=True)
 
     def pull_back(self, level, vector):
         # A vector of zeros has no direction: the clamp turns 0/0 into a displacement of zero, hence a result of zero.
         radius = self.alpha / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
-        rng = RandomState()
+        rng = RandomState(torch_only=True)
         plus = level.gradient_at(radius * vector)
         rng.restore()
         minus = level.gradient_at(-radius * vector)

@@ -31,32 +31,42 @@ def unflatten(vector, like):
     pieces = vector.split([t.numel() for t in like])
     return [piece.view_as(t) for piece, t in zip(pieces, like)]
 
-# %% ../../nbs/core/01_method.ipynb #9a37afa3
+# %% ../../nbs/core/01_method.ipynb #11f37cae
 class RandomState:
-    "The state of every random generator a training step may use: torch on CPU and GPU, Python's, and NumPy's where it is loaded"
+    """The state of the random generators: torch's on CPU and GPU, and unless `torch_only` Python's, and NumPy's where it is loaded.
 
-    def __init__(self):
+    NumPy's alone costs 60 microseconds, so the extra passes of a training run save torch's only."""
+
+    def __init__(self, torch_only=False):
         self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-        self.python = random.getstate()
-        numpy = sys.modules.get("numpy")
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.python = None if torch_only else random.getstate()
+        numpy = None if torch_only else sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy else None
 
     def restore(self):
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
+        if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
-        random.setstate(self.python)
+        if self.python is not None:
+            random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
 
+    def __eq__(self, other):
+        "Whether the two states, saved with the same `torch_only`, are the same"
+        same = torch.equal(self.cpu, other.cpu) and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda))
+        if self.numpy is not None and other.numpy is not None:
+            same = same and self.numpy[2:] == other.numpy[2:] and bool((self.numpy[1] == other.numpy[1]).all())
+        return same and self.python == other.python
+
 
 @contextmanager
-def undisturbed(modules):
-    "Whatever runs inside leaves the buffers of `modules`, their train/eval mode and every random generator as they were"
+def undisturbed(modules, torch_only=False):
+    "Whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were"
     modules = [m for module in modules if module is not None for m in module.modules()]
     kept = [(m, dict(m._buffers), m.training) for m in modules]
-    rng = RandomState()
+    rng = RandomState(torch_only)
     try:
         for m, buffers, _ in kept:
             for name, buffer in buffers.items():
@@ -181,7 +191,7 @@ class Solve:
         for status, (flag, advice) in self.trouble.items():
             if bool(flag):
                 return status, advice
-        if self.vector is not None and not torch.isfinite(self.vector).all():
+        if self.vector is not None and not torch.isfinite(self.vector).all() or self.residual != self.residual:
             return "non-finite", "The solution is not finite: look for non-finite values in the level's loss or in the vector that reaches it."
         if self.residual is None:
             return "fixed", ""
@@ -190,12 +200,12 @@ class Solve:
         return "not converged", f"The residual is still {self.residual:.1e} after {self.iterations} iterations: allow more of them."
 
 
-def option(default, doc, low=None, above=None):
-    "A field of a Method: its default, what it means with its unit, and its bound (at least `low`, or greater than `above`)"
-    return field(default=default, metadata={"doc": doc, "low": low, "above": above})
+def option(default, doc, low=None, above=None, main=False):
+    "A field of a Method: its default, what it means with its unit, its bound, and whether it belongs into the method's short name"
+    return field(default=default, metadata={"doc": doc, "low": low, "above": above, "main": main})
 
 
-def check_option(name, kind, value, doc="", low=None, above=None):
+def check_option(name, kind, value, doc="", low=None, above=None, main=False):
     "Refuse a value of the wrong kind or out of bounds, naming the option, what is allowed and what was given"
     number = isinstance(value, int) or (kind is float and isinstance(value, float))
     if kind in (int, float) and (not number or isinstance(value, bool)):
@@ -224,7 +234,8 @@ class Method:
         return ""
 
     def __str__(self):
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shown = [f for f in dataclasses.fields(self) if f.metadata.get("main") or getattr(self, f.name) != f.default]
+        values = {f.name: getattr(self, f.name) for f in shown}
         options = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
         return f"{self.name}({options})" if options else self.name
 

@@ -227,7 +227,7 @@ class Problem:
 
     def peek(self):
         "A batch to look at the level with: the one drawn last, else the first one, which stays to be drawn; None where there is none"
-        if self.drawn or self.train_data_loader is None:
+        if self.batch is not None or self.train_data_loader is None:
             return self.batch
         parts = [Source(loader, self.name).peek() for loader in loaders_of(self.train_data_loader)]
         parts = [to_device(part, self.device) for part in parts]

@@ -1,0 +1,1 @@
+from tests.browser import chrome, lab, open_notebook  # noqa: F401  fixtures

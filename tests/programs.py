@@ -1,0 +1,96 @@
+"""Small programs that several tests use."""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from betty_nb import Config, Engine, EngineConfig, ImplicitProblem
+
+BOTH = {"u2l": {"outer": ["inner"]}, "l2u": {"inner": ["outer"]}}
+
+
+class Vector(torch.nn.Module):
+    "A vector of n parameters"
+
+    def __init__(self, n=3, value=0.0):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.full((n,), value))
+
+    def forward(self):
+        return self.value
+
+
+class Level(ImplicitProblem):
+    "A level with a simple loss that uses the levels named in `uses`"
+
+    uses = ()
+
+    def training_step(self, batch):
+        loss = (self.module() - 1).square().sum()
+        for name in self.uses:
+            loss = loss + (self.module() * getattr(self, name)()).sum()
+        return loss
+
+
+def level(name, config=None, uses=(), loader=True, cls=Level):
+    module = Vector()
+    problem = cls(name, config, module, torch.optim.SGD(module.parameters(), lr=0.1), train_data_loader=[0] if loader else None)
+    problem.uses = uses
+    return problem
+
+
+def pair(outer=None, inner=None, dependencies=BOTH, **kwargs):
+    "An engine of two levels"
+    levels = [level("outer", outer, ("inner",), **kwargs), level("inner", inner, ("outer",), **kwargs)]
+    return Engine(levels, EngineConfig(train_iters=50), dependencies)
+
+
+def noisy_program(method="cg", seed=0):
+    "Two levels with everything that makes going back hard: dropout, BatchNorm, Adam, shuffled loaders, a scheduler"
+    torch.manual_seed(seed)
+    x = torch.randn(60, 4)
+    data = TensorDataset(x, (x.sum(1, keepdim=True) > 0).float())
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Softplus(), torch.nn.Linear(8, 1)
+    )
+    decay = Vector(1, -3.0)
+
+    class Inner(ImplicitProblem):
+        def training_step(self, batch):
+            x, y = batch
+            loss = F.binary_cross_entropy_with_logits(self.module(x), y)
+            return {"loss": loss + self.outer().exp().sum() * sum(p.square().sum() for p in self.module.parameters()), "plain": loss}
+
+    class Outer(ImplicitProblem):
+        def training_step(self, batch):
+            x, y = batch
+            return F.binary_cross_entropy_with_logits(self.inner(x), y)
+
+    adam = torch.optim.Adam(net.parameters(), lr=0.01)
+    inner = Inner(
+        "inner",
+        Config(type=method, unroll_steps=4, gradient_clipping=1.0),
+        net,
+        adam,
+        torch.optim.lr_scheduler.StepLR(adam, 10, 0.5),
+        DataLoader(data, batch_size=20, shuffle=True),
+    )
+    outer = Outer("outer", Config(), decay, torch.optim.Adam(decay.parameters(), lr=0.05), train_data_loader=DataLoader(data, 30, shuffle=True))
+    return Engine([outer, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
+
+
+def bits(engine):
+    "Everything that training changes, as one list of tensors"
+    state = [p.detach().clone() for q in engine.problems for p in q.module.parameters()]
+    state += [b.clone() for q in engine.problems for b in q.module.buffers()]
+    state += [torch.zeros(0) if p.grad is None else p.grad.clone() for q in engine.problems for p in q.module.parameters()]
+    state += [
+        torch.as_tensor(v).detach().clone() for q in engine.problems for s in q.optimizer.state.values() for v in s.values() if v is not None
+    ]
+    state += [torch.tensor(group["lr"]) for q in engine.problems for group in q.optimizer.param_groups]
+    return state + [torch.get_rng_state()]
+
+
+def same(a, b):
+    "Whether two lists of tensors are the same, bit for bit"
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
