@@ -103,7 +103,7 @@ class Tab:
         return self.page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"], .jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()
 
     def click(self, selector): self.page.locator(selector).first.click()
-    def text(self, selector): return self.page.locator(selector).first.inner_text()
+    def text(self, selector): return self.page.locator(selector).first.text_content()
 
     def wait_text(self, selector, text, seconds=WAIT):
         "Wait until the element shows `text`, a string it contains or a compiled pattern."

@@ -394,7 +394,7 @@ class Debugger:
     def _refusal(self, p, method):
         if p.name not in self.engine.graph.solved:
             return f"No hypergradient passes through {p.name!r}."
-        return method.refuses(self._size(p.name))
+        return method.refuses(p)
 
     def swap(self, level, method, **options):
         'From the next action on, pull hypergradients back through `level` with another method: swap("inner", "cg", iterations=10)'
@@ -429,7 +429,7 @@ class Debugger:
     def _comparison_row(self, name, methods, label, exact, seconds, current):
         method = next(iter(methods.values()))
         options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-        reason = next(filter(None, (m.refuses(self._size(j)) for j, m in methods.items())), "")
+        reason = next(filter(None, (m.refuses(self.engine.level(j)) for j, m in methods.items())), "")
         if reason:
             return ComparisonRow(method.name, options, label, None, None, None, None, reason, current)
         self.engine.probe(name, methods=methods)  # the first call of a kind pays for loading kernels

@@ -20,7 +20,10 @@ class Exact(LinearSolve):
 
     limit: int = option(2048, "largest number of parameters n of the level; memory grows with n squared", low=1)
 
-    def refuses(self, n):
+    def refuses(self, problem):
+        return self._too_large(sum(p.numel() for p in problem.meta_trainable_parameters()))
+
+    def _too_large(self, n):
         if n <= self.limit:
             return ""
         return (
@@ -29,7 +32,7 @@ class Exact(LinearSolve):
         )
 
     def solve_level(self, level, vector):
-        if sentence := self.refuses(level.n):
+        if sentence := self._too_large(level.n):
             raise ValueError(f"Level {level.name!r}: {sentence}")
         return self._solve(level.hessian(), vector)
 

@@ -102,8 +102,10 @@ class Linearization:
         theta,  # list of the level's own parameters, n numbers in all
         wrt,  # {name: list of parameters of another level}: where the pull-back leads
         name="lower",  # the level, for messages
+        problem=None,  # the Problem itself, for methods that ask for its optimizer
     ):
         self.loss, self.theta, self.wrt, self.name = loss, list(theta), {k: list(v) for k, v in wrt.items()}, name
+        self.problem = problem
         self.n = sum(t.numel() for t in self.theta)
         self.hvps = 0  # Hessian-vector products so far, the mixed product of `mixed` not counted
         self._gradient = None
@@ -229,8 +231,8 @@ class Method:
         "The pair ({name: list of tensors or None}, Solve) that approximates -(d2C / dx dtheta) H^-1 vector for each level x of `level.wrt`"
         raise NotImplementedError(f"{type(self).__name__} must define pull_back(level, vector)")
 
-    def refuses(self, n):
-        "A sentence saying why this method cannot serve a level of n parameters, or an empty string"
+    def refuses(self, problem):
+        "A sentence saying why this method cannot serve the level `problem`, or an empty string"
         return ""
 
     def __str__(self):

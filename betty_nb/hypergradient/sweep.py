@@ -85,7 +85,7 @@ def _pull_back(graph, problems, level, j, vector, own, theta, methods):
     method = (methods or {}).get(j, problem.method)
     start = time.perf_counter()
     with undisturbed([p.module for p in problems.values()], torch_only=True):
-        local = Linearization(problem.loss, theta[j], wrt, j)
+        local = Linearization(problem.loss, theta[j], wrt, j, problem)
         parts, solve = method.pull_back(local, vector)
     return Passage(method, solve, vector, local.hvps, time.perf_counter() - start), parts
 

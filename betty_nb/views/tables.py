@@ -138,6 +138,6 @@ def facts_html(
 ):
     "What the dashboard says of the selected level."
     braces = lambda names: '{' + ', '.join(names) + '}' if names else '{ }'
-    rows = [('level', f'{level.name}, {level.steps:,} step{"" if level.steps == 1 else "s"}'), ('loss', number(level.loss, 5)), ('parameters', f'{level.parameters:,}'), ('optimizer', level.optimizer), ('U', braces(level.upper)), ('L', braces(level.lower))]
+    rows = [('level', level.name), ('loss', number(level.loss, 5)), ('parameters', f'{level.parameters:,}'), ('optimizer', level.optimizer), ('U', braces(level.upper)), ('L', braces(level.lower))]
     if level.receives: rows += [('unroll', f'{level.unrolled} of {level.unroll_steps} steps done'), ('method', level.method)]
     return Html('<dl class="bn bn-facts">' + ''.join(f'<dt>{a}</dt><dd>{escape(b)}</dd>' for a, b in rows) + '</dl>')

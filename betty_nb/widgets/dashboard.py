@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Dashboard', 'sentence']
 
-# %% ../../nbs/widgets/04_dashboard.ipynb #43fed6b6
+# %% ../../nbs/widgets/04_dashboard.ipynb #9d45c61f
 import threading
+import time
 from html import escape
 
 import ipywidgets as W
@@ -38,7 +39,7 @@ class Dashboard(W.VBox):
 
     def __init__(self, debugger, selected=None):
         self.debugger, self.error, self.busy, self._closed = debugger, None, '', False
-        self._unasked, self._waiting, self._viewed = False, None, False
+        self._unasked, self._waiting, self._viewed, self._facts_of = False, None, False, None
         state = debugger.state; names = [l.name for l in state.levels]
         self._gate, self._paint_lock = threading.Lock(), threading.Lock()
         self._worker = Worker(prepare=torch.get_num_threads)     # reading it on a new thread lets torch use the same count there
@@ -123,9 +124,10 @@ class Dashboard(W.VBox):
         put(self.trouble, value=f'<p class="bn-bad" role="alert">{escape(trouble)}</p>' if trouble else '')
         for w in self.actions: put(w, disabled=state.running or busy_by_click)
         put(self.pause, disabled=not (state.running or busy_by_click)); put(self.back, disabled=state.running or busy_by_click or not state.can_back)
-        put(self.step, tooltip=f'Do the next action: {state.next}')
+        if not state.running: put(self.step, tooltip=f'Do the next action: {state.next}')
         put(self.step_level, description=f'step {self.selected}', tooltip=f'One step of {self.selected} only, outside the schedule')
-        put(self.facts, value=facts_html(next(l for l in state.levels if l.name == self.selected)))
+        if not state.running or self._facts_of != (self.selected, int(time.monotonic())):     # once a second is enough while running
+            self._facts_of = self.selected, int(time.monotonic()); put(self.facts, value=facts_html(next(l for l in state.levels if l.name == self.selected)))
         self.methods.lock(busy_by_click); put(self.hypergradient.look, disabled=bool(self.busy))
         panel = self.panels[self.tabs.selected_index or 0]; panel.paint(state)
 

@@ -91,7 +91,7 @@ class LevelGraph(anywidget.AnyWidget):
     def update(self, state):
         "Show these counters and mark the level whose turn is next."
         self.counts = {l.name: l.steps for l in state.levels}
-        self.next_level = state.next_level or ''
+        if not state.running: self.next_level = state.next_level or ''       # five times a second it would only flicker
 
 # %% ../../nbs/widgets/00_live.ipynb #e86152ba
 _CURVES_JS = '''
