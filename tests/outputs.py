@@ -31,7 +31,9 @@ def static(nb):
 def main(paths):
     for path in paths or notebooks():
         nb = nbformat.read(path, as_version=4)
-        client = nbclient.NotebookClient(nb, timeout=600, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": Path(path).parent}})
+        client = nbclient.NotebookClient(
+            nb, timeout=600, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": Path(path).parent}}
+        )
         client.execute(env=child_env())
         nbformat.write(static(nb), path)
         print(name(Path(path)))

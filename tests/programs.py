@@ -75,7 +75,9 @@ def noisy_program(method="cg", seed=0):
         torch.optim.lr_scheduler.StepLR(adam, 10, 0.5),
         DataLoader(data, batch_size=20, shuffle=True),
     )
-    outer = Outer("outer", Config(), decay, torch.optim.Adam(decay.parameters(), lr=0.05), train_data_loader=DataLoader(data, 30, shuffle=True))
+    outer = Outer(
+        "outer", Config(), decay, torch.optim.Adam(decay.parameters(), lr=0.05), train_data_loader=DataLoader(data, 30, shuffle=True)
+    )
     return Engine([outer, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
 
 
@@ -85,7 +87,11 @@ def bits(engine):
     state += [b.clone() for q in engine.problems for b in q.module.buffers()]
     state += [torch.zeros(0) if p.grad is None else p.grad.clone() for q in engine.problems for p in q.module.parameters()]
     state += [
-        torch.as_tensor(v).detach().clone() for q in engine.problems for s in q.optimizer.state.values() for v in s.values() if v is not None
+        torch.as_tensor(v).detach().clone()
+        for q in engine.problems
+        for s in q.optimizer.state.values()
+        for v in s.values()
+        if v is not None
     ]
     state += [torch.tensor(group["lr"]) for q in engine.problems for group in q.optimizer.param_groups]
     return state + [torch.get_rng_state()]

@@ -23,15 +23,45 @@ def test_quick_start(open_notebook, lab):
     assert tab.errors() == []
     tab.command("application:toggle-left-area")
     tab.show(".bn-dashboard")
-    tab.wait_text(".bn-status", "step 2,000")
+    tab.wait_text(".bn-status", "iteration 2,000")
+    tab.screenshot("quick_start_curves")
+
     before = tab.text(COUNTER)
     tab.click(".bn-step")
     assert number(tab.wait_change(COUNTER, before)) == number(before) + 1
+    tab.page.locator(".bn-levels [data-level='inner']").first.click()
+    tab.wait_text(".bn-step-level", "step inner")
     tab.click(".bn-step-level")
+    tab.wait_text(COUNTER, f"{number(before) + 2}")
     tab.click(".bn-back")
-    tab.wait_text(".bn-status", "next: ")
-    tab.click(".lm-TabBar-tab:has-text('Hypergradient')")
+    tab.wait_text(COUNTER, f"{number(before) + 1}")
+    tab.click(".bn-until")
+    tab.wait_text(".bn-status", "next: take the hypergradient of outer")
+
+    panel(tab, "Hypergradient")
+    tab.page.locator(".bn-dashboard .bn-figure").last.wait_for()
     tab.screenshot("quick_start_hypergradient")
+    panel(tab, "Sets")
+    tab.wait_text(".bn-dashboard", "takes")
+    tab.screenshot("quick_start_sets")
+    panel(tab, "Methods")
+    tab.click(".bn-compare")
+    tab.wait_text(".bn-comparison", "exact")
+    tab.page.locator(".bn-dashboard .bn-figure").last.wait_for()
+    tab.screenshot("quick_start_methods")
+
+    tab.click(".bn-run")  # the iterations are used up: a sentence, and the controls live on
+    tab.wait_text(".bn-error", "All 2000 iterations are done")
+    tab.click(".bn-step")
+    tab.page.wait_for_function("() => document.querySelector('.bn-error').textContent === ''")
+    for cell in range(0, 30, 4):
+        tab.page.locator(".jp-Cell").nth(cell).evaluate("e => e.scrollIntoView({block: 'start'})")
+        tab.screenshot(f"quick_start_page_{cell:02}")
+
+
+def panel(tab, title):
+    "Open a panel of the dashboard"
+    tab.click(f".bn-dashboard .lm-TabBar-tab:has-text('{title}')")
 
 
 PROGRAM = """
@@ -88,6 +118,8 @@ def test_pause_and_throughput_with_the_dashboard_open(open_notebook):
         tab.wait_text(".bn-status", "next:")
         waits.append(1e3 * (time.perf_counter() - start))
         assert tab.text(".bn-status") != at
-    print(f"\nwith the dashboard open in JupyterLab: {measured.strip()}; click on pause to 'paused' seen: median {statistics.median(waits):.0f} ms")
+    print(
+        f"\nwith the dashboard open in JupyterLab: {measured.strip()}; click on pause to 'paused' seen: median {statistics.median(waits):.0f} ms"
+    )
     assert statistics.median(waits) < 400, waits  # seen in the browser, its own refresh included; the run itself stops within 200 ms
     assert float(re.search(r"share ([\d.]+)", measured).group(1)) >= 0.85, measured

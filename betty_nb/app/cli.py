@@ -59,7 +59,9 @@ def lab(browser=True):
 # %% ../../nbs/app/01_cli.ipynb #fff60cb7
 def main(arguments=None):
     "Entry point of `betty-nb`; returns the exit code"
-    parser = argparse.ArgumentParser(prog="betty-nb", description="Multilevel optimization in PyTorch, stepped and inspected in a notebook.")
+    parser = argparse.ArgumentParser(
+        prog="betty-nb", description="Multilevel optimization in PyTorch, stepped and inspected in a notebook."
+    )
     parser.add_argument("--version", action="version", version=f"betty_nb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | lab")
     run = commands.add_parser("demo", help="tune 30 hyperparameters on real data, write a report and a TensorBoard run")

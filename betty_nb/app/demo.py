@@ -97,7 +97,9 @@ def demo(
     folder = Path(folder)
     runs = folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
     torch.manual_seed(0)
-    engine = breast_cancer_program(engine_config=EngineConfig(train_iters=iterations, logger_type="tensorboard", log_dir=str(runs), strategy="cpu"))
+    engine = breast_cancer_program(
+        engine_config=EngineConfig(train_iters=iterations, logger_type="tensorboard", log_dir=str(runs), strategy="cpu")
+    )
     (_, valid, test), names = breast_cancer()
     debugger = Debugger(engine)
 

@@ -35,11 +35,12 @@ class History:
 
     def _settle(self):
         with self._lock:
-            pending, self._pending = self._pending, []
-            if pending:
-                indices, losses = zip(*pending)
+            n = len(self._pending)  # a running program may append more meanwhile
+            if n:
+                indices, losses = zip(*self._pending[:n])
                 self._indices.extend(indices)
                 self._values.extend(torch.stack(losses).double().tolist())
+                del self._pending[:n]
 
     def read(self, most):
         "The pair (indices of actions, losses), thinned evenly to at most `most` points, the last one always among them"
@@ -50,8 +51,7 @@ class History:
 
     def last(self):
         "The last loss, None before the first"
-        if self._pending:
-            return self._pending[-1][1].item()
+        self._settle()
         return self._values[-1] if self._values else None
 
     def cut(self, index):
@@ -203,7 +203,9 @@ class Debugger:
                 if (action.kind, action.level) == (kind, name):
                     return
                 if self.engine.completed > end:
-                    raise RuntimeError(f"No update of {name!r} fell due in {self.engine.config.train_iters} iterations: check its lower levels' unroll_steps and warmup_steps.")
+                    raise RuntimeError(
+                        f"No update of {name!r} fell due in {self.engine.config.train_iters} iterations: check its lower levels' unroll_steps and warmup_steps."
+                    )
 
         return self._move(go, every_action=False)
 
@@ -291,11 +293,11 @@ class Debugger:
             self._fail(error)
         self._notify()
 
-    def pause(self):
-        "End the run, or the step in progress, after the present action"
+    def pause(self, wait=True):
+        "End the run, or the step in progress, after the present action, and wait for that"
         self.engine.stop()
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if wait and thread is not None and thread is not threading.current_thread():
             thread.join()
         return self
 
@@ -342,7 +344,9 @@ class Debugger:
         name = self.engine.level(level).name
         if not self.engine.graph.receivers(name):
             uppers = [k for k in self.engine.graph.levels if self.engine.graph.receivers(k)]
-            raise ValueError(f"Level {name!r} has no hypergradient, since none of its parameters reach its loss through a lower level: ask for {' or '.join(map(repr, uppers)) or 'another program'}.")
+            raise ValueError(
+                f"Level {name!r} has no hypergradient, since none of its parameters reach its loss through a lower level: ask for {' or '.join(map(repr, uppers)) or 'another program'}."
+            )
         return name
 
     def _shares(self, name, result):
@@ -442,7 +446,9 @@ class Debugger:
         error, cosine = _compare(flatten(result.indirect), exact)
         passages = result.passages.values()
         status = ", ".join(dict.fromkeys(p.solve.status for p in passages))
-        return ComparisonRow(method.name, options, label, error, cosine, statistics.median(times), sum(p.hvps for p in passages), status, current)
+        return ComparisonRow(
+            method.name, options, label, error, cosine, statistics.median(times), sum(p.hvps for p in passages), status, current
+        )
 
     def _timed(self, name, methods):
         gpu = self.engine.device.type == "cuda"

@@ -209,10 +209,12 @@ class HypergradientRecord(Record):
 
     def summary(self):
         through = " > ".join(s.level for s in self.solves) or "no lower level"
-        judged = f"; against {self.reference}: {self.verdict} (error {self.error:.2g}, cosine {self.cosine:.3g})" if self.error is not None else ""
-        return (
-            f"Hypergradient of {self.level!r}: norm {self.total:.3g} (direct {self.direct:.3g}, indirect {self.indirect:.3g} through {through}){judged}."
+        judged = (
+            f"; against {self.reference}: {self.verdict} (error {self.error:.2g}, cosine {self.cosine:.3g})"
+            if self.error is not None
+            else ""
         )
+        return f"Hypergradient of {self.level!r}: norm {self.total:.3g} (direct {self.direct:.3g}, indirect {self.indirect:.3g} through {through}){judged}."
 
     def table(self):
         rows = [(p.name, "x".join(map(str, p.shape)) or "1", p.direct, p.indirect, p.total, p.cosine) for p in self.parameters]
@@ -220,7 +222,10 @@ class HypergradientRecord(Record):
 
     def solve_table(self):
         "How each lower level was solved"
-        rows = [(s.level, s.method, s.status, s.iterations, s.hvps, round(s.ms, 2), s.residuals[-1] if s.residuals else None, s.advice) for s in self.solves]
+        rows = [
+            (s.level, s.method, s.status, s.iterations, s.hvps, round(s.ms, 2), s.residuals[-1] if s.residuals else None, s.advice)
+            for s in self.solves
+        ]
         return Table(("level", "method", "status", "iterations", "HVPs", "ms", "residual", "advice"), tuple(rows))
 
     def __repr__(self):
@@ -270,7 +275,10 @@ class SetsRecord(Record):
         return f"{self.level}: U = {named(self.upper)} (its loss takes their parameters as given), L = {named(self.lower)} (its loss depends on their optimum)."
 
     def table(self):
-        return Table(("set", "level", "parameter", "shape"), tuple((r.set, r.level, r.parameter, "x".join(map(str, r.shape)) or "1") for r in self.rows))
+        return Table(
+            ("set", "level", "parameter", "shape"),
+            tuple((r.set, r.level, r.parameter, "x".join(map(str, r.shape)) or "1") for r in self.rows),
+        )
 
 # %% ../../nbs/debugger/00_records.ipynb #bd48c1b1
 @dataclass(frozen=True)
@@ -341,7 +349,15 @@ class Comparison(Record):
 
     def table(self):
         rows = [
-            (("* " if r.current else "  ") + r.label, r.error, verdict(r.error, r.cosine), r.cosine, None if r.ms is None else round(r.ms, 2), r.hvps, r.status)
+            (
+                ("* " if r.current else "  ") + r.label,
+                r.error,
+                verdict(r.error, r.cosine),
+                r.cosine,
+                None if r.ms is None else round(r.ms, 2),
+                r.hvps,
+                r.status,
+            )
             for r in self.rows
         ]
         return Table(("method (* in use)", "error", "verdict", "cosine", "ms", "HVPs", "status"), tuple(rows))

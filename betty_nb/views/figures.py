@@ -25,108 +25,160 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from .palette import PLACEHOLDERS, level_styles, theme
 from .tables import Html, number, percent, short_labels
 
-# %% ../../nbs/views/03_figures.ipynb #f61f0489
-_lock = threading.Lock()        # two rcParams are switched for the moment of saving; matplotlib offers no other way
+# %% ../../nbs/views/03_figures.ipynb #760a5211
+_lock = threading.Lock()  # two rcParams are switched for the moment of saving; matplotlib offers no other way
 
 
 def figure_svg(
-    figure,             # made with theme 'page' (the default of the figures below)
-    title,              # one sentence for readers who cannot see it
+    figure,  # made with theme 'page' (the default of the figures below)
+    title,  # one sentence for readers who cannot see it
 ):
     "The figure as SVG: real text, colours by the page's theme, the same bytes each time."
     out = io.StringIO()
     with _lock:
-        before = {k: matplotlib.rcParams[k] for k in ('svg.fonttype', 'svg.hashsalt')}
-        matplotlib.rcParams.update({'svg.fonttype': 'none', 'svg.hashsalt': 'betty_nb'})
-        try: FigureCanvasSVG(figure).print_svg(out, metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
-        finally: matplotlib.rcParams.update(before)
-    text = out.getvalue(); text = text[text.index('<svg'):]
-    text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.S)
-    for mark, variable in PLACEHOLDERS.items(): text = text.replace(mark, variable)
-    text = re.sub(r"font: ([\d.]+)px 'DejaVu Sans'[^;\"]*", r'font-size: \1px', text)
-    tag = 'f' + hashlib.sha1((title + text).encode()).hexdigest()[:8]       # ids stay apart when several figures share a page
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{tag}\1"', text); text = re.sub(r'(url\(#|href="#)', rf'\g<1>{tag}', text)
+        before = {k: matplotlib.rcParams[k] for k in ("svg.fonttype", "svg.hashsalt")}
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "betty_nb"})
+        try:
+            FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        finally:
+            matplotlib.rcParams.update(before)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    for mark, variable in PLACEHOLDERS.items():
+        text = text.replace(mark, variable)
+    text = re.sub(r"font: ([\d.]+)px 'DejaVu Sans'[^;\"]*", r"font-size: \1px", text)
+    tag = "f" + hashlib.sha1((title + text).encode()).hexdigest()[:8]  # ids stay apart when several figures share a page
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{tag}\1"', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{tag}", text)
     width, height = (round(96 * s) for s in figure.get_size_inches())
-    head = f'<svg class="bn bn-figure" role="img" aria-label="{escape(title)}" width="{width}" height="{height}" ' + re.search(r'viewBox="[^"]+"', text).group() + ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return Html(head + f'<title>{escape(title)}</title>' + text[text.index('>') + 1:])
+    head = (
+        f'<svg class="bn bn-figure" role="img" aria-label="{escape(title)}" width="{width}" height="{height}" '
+        + re.search(r'viewBox="[^"]+"', text).group()
+        + ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return Html(head + f"<title>{escape(title)}</title>" + text[text.index(">") + 1 :])
 
 
 def figure_png(
-    figure,             # made with theme 'light' or 'dark'
+    figure,  # made with theme 'light' or 'dark'
     dpi=150,
 ):
     "The figure as PNG bytes."
-    out = io.BytesIO(); FigureCanvasAgg(figure); figure.savefig(out, format='png', dpi=dpi, metadata={'Software': None})
+    out = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
     return out.getvalue()
 
 
 def image_html(
-    png,                # PNG bytes
-    title,              # one sentence for readers who cannot see it
+    png,  # PNG bytes
+    title,  # one sentence for readers who cannot see it
 ):
     "PNG bytes as an image that lies inside the page itself."
     return Html(f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
 
 # %% ../../nbs/views/03_figures.ipynb #94ae47c8
 def _figure(size, paper):
-    figure = Figure(figsize=size, facecolor='none' if paper.paper == theme('page').paper else paper.paper, layout='constrained'); FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=.06, h_pad=.05, hspace=.08, wspace=.06)
+    figure = Figure(figsize=size, facecolor="none" if paper.paper == theme("page").paper else paper.paper, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.08, wspace=0.06)
     return figure
 
 
-def _dress(ax, paper, title='', xlabel='', ylabel='', grid='both'):
+def _dress(ax, paper, title="", xlabel="", ylabel="", grid="both"):
     "Axes a projector shows: 10 point text, thin grid, two spines."
-    ax.set_facecolor('none')
-    ax.set_title(title, fontsize=10.5, color=paper.ink, loc='left', fontweight='bold'); ax.set_xlabel(xlabel, fontsize=10, color=paper.ink); ax.set_ylabel(ylabel, fontsize=10, color=paper.ink)
-    ax.tick_params(which='both', colors=paper.ink, labelcolor=paper.ink, labelsize=9.5)
-    for side, spine in ax.spines.items(): spine.set_color(paper.ink); spine.set_visible(side in ('left', 'bottom'))
-    if grid: ax.grid(True, axis=grid, color=paper.grid, linewidth=.6, alpha=.8); ax.set_axisbelow(True)
+    ax.set_facecolor("none")
+    ax.set_title(title, fontsize=10.5, color=paper.ink, loc="left", fontweight="bold")
+    ax.set_xlabel(xlabel, fontsize=10, color=paper.ink)
+    ax.set_ylabel(ylabel, fontsize=10, color=paper.ink)
+    ax.tick_params(which="both", colors=paper.ink, labelcolor=paper.ink, labelsize=9.5)
+    for side, spine in ax.spines.items():
+        spine.set_color(paper.ink)
+        spine.set_visible(side in ("left", "bottom"))
+    if grid:
+        ax.grid(True, axis=grid, color=paper.grid, linewidth=0.6, alpha=0.8)
+        ax.set_axisbelow(True)
 
 
-_powers = FuncFormatter(lambda v, _: f'{v:g}' if 1e-3 < v < 1e4 else f'{v:.0e}'.replace('e-0', 'e-').replace('e+0', 'e+'))   # mathtext would cost 10 ms a label
+_powers = FuncFormatter(
+    lambda v, _: f"{v:g}" if 1e-3 < v < 1e4 else f"{v:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+)  # mathtext would cost 10 ms a label
 
 
 def _settle(figure):
     "Lay the axes out once, so that saving need not do it again."
-    figure.get_layout_engine().execute(figure); figure.set_layout_engine('none')
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
 
 
 def _sentence(figure, paper, text):
-    ax = figure.add_subplot(); ax.axis('off'); ax.text(.5, .5, text, ha='center', va='center', fontsize=11, color=paper.ink, wrap=True)
+    ax = figure.add_subplot()
+    ax.axis("off")
+    ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=11, color=paper.ink, wrap=True)
     return figure
 
-# %% ../../nbs/views/03_figures.ipynb #784c986f
+# %% ../../nbs/views/03_figures.ipynb #d6b60d94
 def pick_scale(
-    values,             # finite losses
+    values,  # finite losses
 ):
     "'linear', 'log' or 'symlog': the scale that shows these losses best."
     values = [abs(v) for v in values if v], min(values, default=1)
-    if not values[0] or max(values[0]) < 20 * min(values[0]): return 'linear'
-    return 'log' if values[1] > 0 else 'symlog' if max(values[0]) > 1000 * sorted(values[0])[len(values[0]) // 2] else 'linear'
+    if not values[0] or max(values[0]) < 20 * min(values[0]):
+        return "linear"
+    return "log" if values[1] > 0 else "symlog" if max(values[0]) > 1000 * sorted(values[0])[len(values[0]) // 2] else "linear"
 
 
 def loss_curves(
-    curves,             # {level: (steps, losses)}, in the order of the program
-    scale='auto',       # 'auto', 'log' or 'linear'
-    size=(6.2, 3.3),    # inches
-    theme_name='page',  # 'light', 'dark' or 'page'
+    curves,  # {level: (steps, losses)}, in the order of the program
+    scale="auto",  # 'auto', 'log' or 'linear'
+    size=(6.2, 3.3),  # inches
+    theme_name="page",  # 'light', 'dark' or 'page'
 ):
     "One line for each level, with its colour, its dashes and its name."
-    paper, styles = theme(theme_name), level_styles(curves); figure = _figure(size, paper)
+    paper, styles = theme(theme_name), level_styles(curves)
+    figure = _figure(size, paper)
     values = [y for _, ys in curves.values() for y in ys if y is not None and math.isfinite(y)]
-    if not values: return _sentence(figure, paper, 'No losses yet: take a step or start a run.')
-    ax = figure.add_subplot(); scale = pick_scale(values) if scale == 'auto' else 'symlog' if scale == 'log' and min(values) <= 0 else scale
+    if not values:
+        return _sentence(figure, paper, "No losses yet: take a step or start a run.")
+    ax = figure.add_subplot()
+    scale = pick_scale(values) if scale == "auto" else "symlog" if scale == "log" and min(values) <= 0 else scale
     for name, (xs, ys) in curves.items():
-        ys = [math.nan if y is None else y for y in ys]; s = styles[name]
-        ax.plot(xs, ys, color=paper.colour(s), linewidth=2, label=f'{name} {number(ys[-1])}' if ys else f'{name} (no step yet)',
-                linestyle=(0, tuple(d / 2 for d in s.dash)) if s.dash else '-', marker='o' if len(ys) == 1 else None, markersize=5)
-    if scale == 'symlog': ax.set_yscale('symlog', linthresh=max(map(abs, values)) / 1000)
-    else: ax.set_yscale(scale)
-    if scale == 'log': ax.yaxis.set_major_formatter(_powers)
+        ys = [math.nan if y is None else y for y in ys]
+        s = styles[name]
+        ax.plot(
+            xs,
+            ys,
+            color=paper.colour(s),
+            linewidth=2,
+            label=f"{name} {number(ys[-1])}" if ys else f"{name} (no step yet)",
+            linestyle=(0, tuple(d / 2 for d in s.dash)) if s.dash else "-",
+            marker="o" if len(ys) == 1 else None,
+            markersize=5,
+        )
+    if scale == "symlog":
+        ax.set_yscale("symlog", linthresh=max(map(abs, values)) / 1000)
+    else:
+        ax.set_yscale(scale)
+    if scale == "log":
+        ax.yaxis.set_major_formatter(_powers)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    _dress(ax, paper, xlabel='actions so far', ylabel={'log': 'loss (log scale)', 'symlog': 'loss (symmetric log scale)', 'linear': 'loss'}[scale])
+    _dress(
+        ax,
+        paper,
+        xlabel="actions so far",
+        ylabel={"log": "loss (log scale)", "symlog": "loss (symmetric log scale)", "linear": "loss"}[scale],
+    )
     columns = max(1, min(len(curves), int(size[0] * 12.5 / (max(len(t) for t in ax.get_legend_handles_labels()[1]) + 9))))
-    figure.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=columns, frameon=False, fontsize=10, labelcolor=paper.ink, handlelength=3)
+    figure.legend(
+        *ax.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        fontsize=10,
+        labelcolor=paper.ink,
+        handlelength=3,
+    )
     return figure
 
 # %% ../../nbs/views/03_figures.ipynb #5275c934
@@ -134,143 +186,274 @@ def _bars(ax, paper, names, values, texts, colours, title):
     "Horizontal bars, first on top, with a text behind each that always has room."
     top = max((abs(v) for v in values if math.isfinite(v)), default=0) or 1
     y = list(range(len(names)))[::-1]
-    ax.barh(y, [abs(v) if math.isfinite(v) else 0 for v in values], height=.56, color=colours, edgecolor=paper.ink, linewidth=.8)
-    for at, v, t in zip(y, values, texts): ax.annotate(t, (abs(v) if math.isfinite(v) else 0, at), (4, 0), textcoords='offset points', va='center', fontsize=9.5, color=paper.ink, annotation_clip=False)
-    ax.set_yticks(y, names); ax.set_ylim(min(len(names), 3) - 3.6, len(names) - .4); ax.set_xlim(0, top * 2.4)
-    _dress(ax, paper, title, grid=None); ax.set_xticks([]); ax.spines['bottom'].set_visible(False)
+    ax.barh(y, [abs(v) if math.isfinite(v) else 0 for v in values], height=0.56, color=colours, edgecolor=paper.ink, linewidth=0.8)
+    for at, v, t in zip(y, values, texts):
+        ax.annotate(
+            t,
+            (abs(v) if math.isfinite(v) else 0, at),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            color=paper.ink,
+            annotation_clip=False,
+        )
+    ax.set_yticks(y, names)
+    ax.set_ylim(min(len(names), 3) - 3.6, len(names) - 0.4)
+    ax.set_xlim(0, top * 2.4)
+    _dress(ax, paper, title, grid=None)
+    ax.set_xticks([])
+    ax.spines["bottom"].set_visible(False)
 
 
-def _give_room(figure, ax, most=1.):
+def _give_room(figure, ax, most=1.0):
     "Stretch the axis so that the texts behind the bars end within it."
     texts, bars = ax.texts, [p.get_width() for c in ax.containers for p in c]
-    if not bars or not max(bars): return
-    width, renderer = ax.bbox.width, figure.canvas.get_renderer(); pad = 8 * figure.dpi / 72
+    if not bars or not max(bars):
+        return
+    width, renderer = ax.bbox.width, figure.canvas.get_renderer()
+    pad = 8 * figure.dpi / 72
     lengths = [t.get_window_extent(renderer).width + pad for t in texts]
     shares = [(most * width - w) / (width * b / max(bars)) for w, b in zip(lengths, bars) if b > 0]
-    ax.set_xlim(0, max(bars) / max(.08, min([.9, *shares])))
+    ax.set_xlim(0, max(bars) / max(0.08, min([0.9, *shares])))
 
 
-def _short(text, most=24): return text if len(text) <= most else '…' + text[-most + 1:]
+def _short(text, most=24):
+    return text if len(text) <= most else "…" + text[-most + 1 :]
 
 
 def _path_bars(ax, paper, record, most):
-    paths = sorted(record.paths, key=lambda p: -abs(p.norm))[:most]; more = len(record.paths) - len(paths)
+    paths = sorted(record.paths, key=lambda p: -abs(p.norm))[:most]
+    more = len(record.paths) - len(paths)
     names = [_path_name(p.levels, record.level) for p in paths]
-    _bars(ax, paper, names, [p.norm for p in paths], [f'{number(p.norm)} ({percent(p.share)})' for p in paths], '#56B4E9', 'by path (share)' + (f', {more} more' if more else ''))
-    if not paths: ax.text(0, 1, 'no path: no lower level', fontsize=9.5, color=paper.ink)
+    _bars(
+        ax,
+        paper,
+        names,
+        [p.norm for p in paths],
+        [f"{number(p.norm)} ({percent(p.share)})" for p in paths],
+        "#56B4E9",
+        "by path (share)" + (f", {more} more" if more else ""),
+    )
+    if not paths:
+        ax.text(0, 1, "no path: no lower level", fontsize=9.5, color=paper.ink)
 
 
 def _path_name(levels, level, most=20):
     "The levels of a path; when that is too long, the level it belongs to is left out and the others are shortened."
-    text = ' → '.join(levels)
-    if len(text) <= most: return text
-    rest = [n for n in levels if n != level] or levels; keep = max(2, (most + 1) // len(rest) - 2)
-    return '→'.join(n if len(n) <= keep + 1 else n[:keep] + '.' for n in rest)
+    text = " → ".join(levels)
+    if len(text) <= most:
+        return text
+    rest = [n for n in levels if n != level] or levels
+    keep = max(2, (most + 1) // len(rest) - 2)
+    return "→".join(n if len(n) <= keep + 1 else n[:keep] + "." for n in rest)
 
 
 def _parameter_bars(ax, paper, record, most):
-    shown = sorted(record.parameters, key=lambda p: -p.total if math.isfinite(p.total) else -math.inf)[:most]; more = len(record.parameters) - len(shown)
-    texts = [number(p.total, 2) + (f' cos {p.cosine:+.2f}' if p.cosine is not None else '') for p in shown]
-    _bars(ax, paper, [_short(p.name, 15) for p in shown], [p.total for p in shown], texts, '#E69F00', 'by parameter' + (f', {more} more' if more else ''))
-    for at, p in zip(range(len(shown))[::-1], shown): _histogram(ax, paper, p.values, at)
+    shown = sorted(record.parameters, key=lambda p: -p.total if math.isfinite(p.total) else -math.inf)[:most]
+    more = len(record.parameters) - len(shown)
+    texts = [number(p.total, 2) + (f" cos {p.cosine:+.2f}" if p.cosine is not None else "") for p in shown]
+    _bars(
+        ax,
+        paper,
+        [_short(p.name, 15) for p in shown],
+        [p.total for p in shown],
+        texts,
+        "#E69F00",
+        "by parameter" + (f", {more} more" if more else ""),
+    )
+    for at, p in zip(range(len(shown))[::-1], shown):
+        _histogram(ax, paper, p.values, at)
 
 
 def _histogram(ax, paper, values, at, bins=14):
     "A tiny histogram of a parameter's hypergradient at the right end of its row."
     values = [v for v in values if math.isfinite(v)]
-    if len(values) < 8: return
-    low, high = min(values), max(values); counts = [0] * bins
-    for v in values: counts[min(bins - 1, int((v - low) / ((high - low) or 1) * bins))] += 1
-    edge = [(.87 + .13 * i / bins, at - .33 + .66 * c / max(counts)) for k, c in enumerate(counts) for i in (k, k + 1)]
-    ax.add_patch(Polygon([(.87, at - .33), *edge, (1., at - .33)], transform=ax.get_yaxis_transform(), facecolor=paper.ink, linewidth=0, gid='histogram', in_layout=False))
+    if len(values) < 8:
+        return
+    low, high = min(values), max(values)
+    counts = [0] * bins
+    for v in values:
+        counts[min(bins - 1, int((v - low) / ((high - low) or 1) * bins))] += 1
+    edge = [(0.87 + 0.13 * i / bins, at - 0.33 + 0.66 * c / max(counts)) for k, c in enumerate(counts) for i in (k, k + 1)]
+    ax.add_patch(
+        Polygon(
+            [(0.87, at - 0.33), *edge, (1.0, at - 0.33)],
+            transform=ax.get_yaxis_transform(),
+            facecolor=paper.ink,
+            linewidth=0,
+            gid="histogram",
+            in_layout=False,
+        )
+    )
 
 
 def _residuals(ax, paper, record, styles):
     drawn = [s for s in record.solves if any(r is not None and math.isfinite(r) and r > 0 for r in s.residuals)]
     for s in drawn:
         style = styles[s.level]
-        ax.semilogy(range(1, len(s.residuals) + 1), s.residuals, color=paper.colour(style), linestyle=(0, tuple(d / 2 for d in style.dash)) if style.dash else '-', marker='.', linewidth=1.6, label=s.level)
-    _dress(ax, paper, 'solver residual', xlabel='iteration', ylabel='relative residual'); ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        ax.semilogy(
+            range(1, len(s.residuals) + 1),
+            s.residuals,
+            color=paper.colour(style),
+            linestyle=(0, tuple(d / 2 for d in style.dash)) if style.dash else "-",
+            marker=".",
+            linewidth=1.6,
+            label=s.level,
+        )
+    _dress(ax, paper, "solver residual", xlabel="iteration", ylabel="relative residual")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if drawn:
-        ax.yaxis.set_major_formatter(_powers); ax.yaxis.set_minor_formatter(NullFormatter()); low, high = ax.get_ylim()
-        ax.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))            # whole decades
-        if len(drawn) > 2: low, high = ax.get_ylim(); ax.set_ylim(low * (low / high) ** (.22 * ((len(drawn) + 1) // 2)), high)     # room for the legend below
-        ax.legend(frameon=False, fontsize=9, labelcolor=paper.ink, handlelength=1.7, handletextpad=.4, ncols=1 if len(drawn) < 3 else 2, loc='best' if len(drawn) < 3 else 'lower left', borderpad=0, columnspacing=1)
+        ax.yaxis.set_major_formatter(_powers)
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        low, high = ax.get_ylim()
+        ax.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))  # whole decades
+        if len(drawn) > 2:
+            low, high = ax.get_ylim()
+            ax.set_ylim(low * (low / high) ** (0.22 * ((len(drawn) + 1) // 2)), high)  # room for the legend below
+        ax.legend(
+            frameon=False,
+            fontsize=9,
+            labelcolor=paper.ink,
+            handlelength=1.7,
+            handletextpad=0.4,
+            ncols=1 if len(drawn) < 3 else 2,
+            loc="best" if len(drawn) < 3 else "lower left",
+            borderpad=0,
+            columnspacing=1,
+        )
     else:
-        ax.axis('off'); words = '\n'.join(f'{_short(s.level, 16)}: {s.status}' for s in record.solves[:8]) or 'no solve was needed'
-        ax.text(0, .95, words, transform=ax.transAxes, va='top', fontsize=9.5, color=paper.ink).set_in_layout(False)
+        ax.axis("off")
+        words = "\n".join(f"{_short(s.level, 16)}: {s.status}" for s in record.solves[:8]) or "no solve was needed"
+        ax.text(0, 0.95, words, transform=ax.transAxes, va="top", fontsize=9.5, color=paper.ink).set_in_layout(False)
 
-# %% ../../nbs/views/03_figures.ipynb #05a75b95
+# %% ../../nbs/views/03_figures.ipynb #4af69697
 def hypergradient_figure(
-    record,             # a HypergradientRecord
-    levels=(),          # the program's level names, so that a level keeps its colour
-    size=(5.5, 4.3),    # inches
-    theme_name='page',  # 'light', 'dark' or 'page'
-    most=6,             # bars in a corner at most
+    record,  # a HypergradientRecord
+    levels=(),  # the program's level names, so that a level keeps its colour
+    size=(5.5, 4.3),  # inches
+    theme_name="page",  # 'light', 'dark' or 'page'
+    most=6,  # bars in a corner at most
 ):
     "Direct, indirect and total; share of each path; norm of each parameter; residual of the solver."
-    paper = theme(theme_name); figure = _figure(size, paper)
+    paper = theme(theme_name)
+    figure = _figure(size, paper)
     names = list(levels) or list(dict.fromkeys([record.level, *(s.level for s in record.solves)]))
     styles = level_styles(dict.fromkeys([*names, *(s.level for s in record.solves)]))
-    axes = figure.subplots(2, 2, gridspec_kw=dict(height_ratios=[1, 1.25] if max(len(record.paths), 3) < len(record.parameters) else [1, 1]))
+    axes = figure.subplots(
+        2, 2, gridspec_kw=dict(height_ratios=[1, 1.25] if max(len(record.paths), 3) < len(record.parameters) else [1, 1])
+    )
     parts = [record.direct, record.indirect, record.total]
-    _bars(axes[0, 0], paper, ['direct', 'indirect', 'total'], parts, [number(p) for p in parts], ['#009E73', '#CC79A7', '#0072B2'], 'norm of the parts')
-    _path_bars(axes[0, 1], paper, record, most); _parameter_bars(axes[1, 0], paper, record, most); _residuals(axes[1, 1], paper, record, styles)
-    _settle(figure)                                          # from here on the width of every axis is known
-    for ax, room in ((axes[0, 0], 1.), (axes[0, 1], 1.), (axes[1, 0], .84 if any(len(p.values) >= 8 for p in record.parameters) else 1.)): _give_room(figure, ax, room)
+    _bars(
+        axes[0, 0],
+        paper,
+        ["direct", "indirect", "total"],
+        parts,
+        [number(p) for p in parts],
+        ["#009E73", "#CC79A7", "#0072B2"],
+        "norm of the parts",
+    )
+    _path_bars(axes[0, 1], paper, record, most)
+    _parameter_bars(axes[1, 0], paper, record, most)
+    _residuals(axes[1, 1], paper, record, styles)
+    _settle(figure)  # from here on the width of every axis is known
+    for ax, room in (
+        (axes[0, 0], 1.0),
+        (axes[0, 1], 1.0),
+        (axes[1, 0], 0.84 if any(len(p.values) >= 8 for p in record.parameters) else 1.0),
+    ):
+        _give_room(figure, ax, room)
     return figure
 
-# %% ../../nbs/views/03_figures.ipynb #14afe1bc
-def _overlap(a, b): return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+# %% ../../nbs/views/03_figures.ipynb #4c1e33ee
+def _overlap(a, b):
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def place_labels(
-    points,             # (x, y) of each point, in pixels
-    sizes,              # (width, height) of each label, in pixels
-    frame,              # (left, bottom, right, top) the labels must stay in
-    gap=11,             # pixels between a point and its label
-    avoid=(),           # boxes (left, bottom, right, top) better left free
+    points,  # (x, y) of each point, in pixels
+    sizes,  # (width, height) of each label, in pixels
+    frame,  # (left, bottom, right, top) the labels must stay in
+    gap=11,  # pixels between a point and its label
+    avoid=(),  # boxes (left, bottom, right, top) better left free
 ):
     "For each label the lower left corner of a place that covers no point and no other label."
-    dots = [(x - 8, y - 8, x + 8, y + 8) for x, y in points]; taken, out = [], []
+    dots = [(x - 8, y - 8, x + 8, y + 8) for x, y in points]
+    taken, out = [], []
     for (x, y), (w, h) in zip(points, sizes):
         best = None
         for ring in range(9):
-            d = gap + ring * h * .55
-            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (.75, .75), (.75, -.75), (-.75, .75), (-.75, -.75)):
-                left = x + d * dx - (0 if dx > 0 else w if dx < 0 else w / 2); low = y + d * dy - (0 if dy > 0 else h if dy < 0 else h / 2)
+            d = gap + ring * h * 0.55
+            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.75, 0.75), (0.75, -0.75), (-0.75, 0.75), (-0.75, -0.75)):
+                left = x + d * dx - (0 if dx > 0 else w if dx < 0 else w / 2)
+                low = y + d * dy - (0 if dy > 0 else h if dy < 0 else h / 2)
                 box = left, low, left + w, low + h
                 outside = w * h - _overlap(box, frame)
-                cost = 20 * outside + 10 * sum(_overlap(box, b) for b in taken) + 6 * sum(_overlap(box, b) for b in dots) + sum(_overlap(box, b) for b in avoid) + d * .5
-                if best is None or cost < best[0] - 1e-9: best = cost, box
-        taken.append(best[1]); out.append(best[1][:2])
+                cost = (
+                    20 * outside
+                    + 10 * sum(_overlap(box, b) for b in taken)
+                    + 6 * sum(_overlap(box, b) for b in dots)
+                    + sum(_overlap(box, b) for b in avoid)
+                    + d * 0.5
+                )
+                if best is None or cost < best[0] - 1e-9:
+                    best = cost, box
+        taken.append(best[1])
+        out.append(best[1][:2])
     return out
 
-# %% ../../nbs/views/03_figures.ipynb #c710ec59
+# %% ../../nbs/views/03_figures.ipynb #32c67643
 def comparison_figure(
-    comparison,         # a Comparison
-    size=(5.2, 3.4),    # inches
-    theme_name='page',  # 'light', 'dark' or 'page'
+    comparison,  # a Comparison
+    size=(5.2, 3.4),  # inches
+    theme_name="page",  # 'light', 'dark' or 'page'
 ):
     "Error against cost for every method, log-log, each point with its name."
-    paper = theme(theme_name); figure = _figure(size, paper)
+    paper = theme(theme_name)
+    figure = _figure(size, paper)
     rows = [r for r in comparison.rows if r.error is not None and r.ms is not None and math.isfinite(r.error) and r.ms > 0]
     names = {id(r): n for r, n in zip(comparison.rows, short_labels(comparison))}
     left_out = [names[id(r)] for r in comparison.rows if r not in rows]
-    if not rows: return _sentence(figure, paper, 'No method could be compared with a reference on this state.')
+    if not rows:
+        return _sentence(figure, paper, "No method could be compared with a reference on this state.")
     floor = min([r.error for r in rows if r.error > 0], default=1e-8) / 8
     xs, ys = [r.ms for r in rows], [max(r.error, floor) for r in rows]
-    ax = figure.add_subplot(); ax.set_xscale('log'); ax.set_yscale('log')
-    low, high = min(ys), max(max(ys), .02); pad = (high / low) ** .12
-    ax.set_xlim(min(xs) / 1.6, max(xs) * 1.6); ax.set_ylim(low / pad, high * pad)
+    ax = figure.add_subplot()
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    low, high = min(ys), max(max(ys), 0.02)
+    pad = (high / low) ** 0.12
+    ax.set_xlim(min(xs) / 1.6, max(xs) * 1.6)
+    ax.set_ylim(low / pad, high * pad)
     for bound in (1e-2, 1e-1):
-        if low < bound < high * pad: ax.axhline(bound, color=paper.ink, linewidth=.9, linestyle=(0, (3, 3))); ax.text(1, bound, f'{100 * bound:g} %', transform=ax.get_yaxis_transform(), fontsize=9.5, color=paper.ink, va='center', ha='left')
-    for x, y, r in zip(xs, ys, rows): ax.plot([x], [y], marker='D' if r.current else 'o', markersize=9 if r.current else 7, color='#D55E00' if r.current else '#0072B2', markeredgecolor=paper.ink, linestyle='none', clip_on=False)
-    note = f'not drawn: {", ".join(left_out)}' if left_out else ''
-    _dress(ax, paper, xlabel='ms on this machine (log scale)' + ('\n' + note if note else ''), ylabel='error against ' + (comparison.reference or 'the reference'))
-    _plain_ticks(ax); ax.yaxis.set_major_formatter(_powers); ax.yaxis.set_minor_formatter(NullFormatter())
-    notes = [[w for w, yes in (('in use', r.current), ('no error', r.error == 0)) if yes] for r in rows]
-    labels = [names[id(r)] + (f' ({", ".join(n)})' if n else '') for r, n in zip(rows, notes)]
+        if low < bound < high * pad:
+            ax.axhline(bound, color=paper.ink, linewidth=0.9, linestyle=(0, (3, 3)))
+            ax.text(
+                1, bound, f"{100 * bound:g} %", transform=ax.get_yaxis_transform(), fontsize=9.5, color=paper.ink, va="center", ha="left"
+            )
+    for x, y, r in zip(xs, ys, rows):
+        ax.plot(
+            [x],
+            [y],
+            marker="D" if r.current else "o",
+            markersize=9 if r.current else 7,
+            color="#D55E00" if r.current else "#0072B2",
+            markeredgecolor=paper.ink,
+            linestyle="none",
+            clip_on=False,
+        )
+    note = f"not drawn: {', '.join(left_out)}" if left_out else ""
+    _dress(
+        ax,
+        paper,
+        xlabel="ms on this machine (log scale)" + ("\n" + note if note else ""),
+        ylabel="error against " + (comparison.reference or "the reference"),
+    )
+    _plain_ticks(ax)
+    ax.yaxis.set_major_formatter(_powers)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    notes = [[w for w, yes in (("in use", r.current), ("no error", r.error == 0)) if yes] for r in rows]
+    labels = [names[id(r)] + (f" ({', '.join(n)})" if n else "") for r, n in zip(rows, notes)]
     _label(figure, ax, paper, xs, ys, labels)
     return figure
 
@@ -278,15 +461,18 @@ def comparison_figure(
 def _plain_ticks(ax):
     "1, 2, 5, 10 ms instead of powers when the span is short."
     low, high = ax.get_xlim()
-    if high / low > 300: return
-    ticks = [m * 10 ** e for e in range(-4, 8) for m in (1, 2, 5) if low <= m * 10 ** e <= high]
-    ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.minorticks_off()
+    if high / low > 300:
+        return
+    ticks = [m * 10**e for e in range(-4, 8) for m in (1, 2, 5) if low <= m * 10**e <= high]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
 
 
 def _label(figure, ax, paper, xs, ys, labels):
-    _settle(figure)                                          # positions in pixels are known from here on
-    renderer = figure.canvas.get_renderer(); points = [tuple(ax.transData.transform(p)) for p in zip(xs, ys)]
-    texts = [ax.text(0, 0, t, fontsize=9.5, color=paper.ink, va='bottom') for t in labels]
+    _settle(figure)  # positions in pixels are known from here on
+    renderer = figure.canvas.get_renderer()
+    points = [tuple(ax.transData.transform(p)) for p in zip(xs, ys)]
+    texts = [ax.text(0, 0, t, fontsize=9.5, color=paper.ink, va="bottom") for t in labels]
     sizes = [(b.width + 4, b.height) for b in (t.get_window_extent(renderer) for t in texts)]
     frame = ax.get_window_extent(renderer).extents
     bounds = [ax.transData.transform((1, b))[1] for b in (1e-2, 1e-1)]
@@ -294,4 +480,5 @@ def _label(figure, ax, paper, xs, ys, labels):
     for t, (x, y), point, (w, h) in zip(texts, place_labels(points, sizes, tuple(frame), avoid=lines), points, sizes):
         t.set_position(ax.transData.inverted().transform((x, y)))
         near = min(max(point[0], x), x + w), min(max(point[1], y), y + h)
-        if math.dist(near, point) > 18: ax.plot(*zip(*ax.transData.inverted().transform([point, near])), color=paper.ink, linewidth=.8)
+        if math.dist(near, point) > 18:
+            ax.plot(*zip(*ax.transData.inverted().transform([point, near])), color=paper.ink, linewidth=0.8)

@@ -17,6 +17,7 @@ from .tables import Html
 @dataclass(frozen=True)
 class Box:
     "Where a level stands: its centre and its size in pixels."
+
     name: str
     x: float
     y: float
@@ -27,17 +28,19 @@ class Box:
 @dataclass(frozen=True)
 class Link:
     "How an edge runs: an SVG path and the tip of its arrow."
+
     source: str
     target: str
-    kind: str           # 'u2l' (parameters go down) or 'l2u' (the optimum goes up)
+    kind: str  # 'u2l' (parameters go down) or 'l2u' (the optimum goes up)
     path: str
     tip: str
-    label: tuple        # (x, y) for the word beside it
+    label: tuple  # (x, y) for the word beside it
 
 
 @dataclass(frozen=True)
 class Layout:
     "A whole picture, in pixels."
+
     width: float
     height: float
     boxes: tuple
@@ -47,18 +50,22 @@ class Layout:
 def _pairs(names, edges):
     "(upper, lower) of every edge, each once, without those that would close a circle."
     known, found, below = set(names), [], defaultdict(set)
-    def reaches(a, b): return a == b or any(reaches(c, b) for c in below[a])
-    wanted = [(t, s) for s, t, kind in edges if kind == 'l2u'] + [(s, t) for s, t, kind in edges if kind == 'u2l']
+
+    def reaches(a, b):
+        return a == b or any(reaches(c, b) for c in below[a])
+
+    wanted = [(t, s) for s, t, kind in edges if kind == "l2u"] + [(s, t) for s, t, kind in edges if kind == "u2l"]
     for upper, lower in dict.fromkeys(wanted):
         if upper in known and lower in known and not reaches(lower, upper):
-            below[upper].add(lower); found.append((upper, lower))
+            below[upper].add(lower)
+            found.append((upper, lower))
     return found
 
 
 def rows(
-    names,              # level names in the order of the program
-    edges,              # (source, target, 'u2l' or 'l2u')
-    most=3,             # levels in a row at most
+    names,  # level names in the order of the program
+    edges,  # (source, target, 'u2l' or 'l2u')
+    most=3,  # levels in a row at most
 ):
     "The levels row by row, uppers first."
     pairs, row, filled = _pairs(names, edges), {}, defaultdict(list)
@@ -66,8 +73,10 @@ def rows(
         ready = [n for n in names if n not in row and all(u in row for u, l in pairs if l == n)]
         for n in sorted(ready, key=lambda n: max((row[u] for u, l in pairs if l == n), default=-1))[:1]:
             r = max((row[u] + 1 for u, l in pairs if l == n), default=0)
-            while len(filled[r]) >= most: r += 1
-            row[n] = r; filled[r].append(n)
+            while len(filled[r]) >= most:
+                r += 1
+            row[n] = r
+            filled[r].append(n)
     return [filled[r] for r in sorted(filled)]
 
 # %% ../../nbs/views/02_graph.ipynb #9185b6ac
@@ -75,7 +84,7 @@ def _order(layers, above, below):
     "Sort each row by the mean position of the neighbours, down and up four times."
     for sweep in range(8):
         down = sweep % 2 == 0
-        for i in (range(1, len(layers)) if down else range(len(layers) - 2, -1, -1)):
+        for i in range(1, len(layers)) if down else range(len(layers) - 2, -1, -1):
             place = {n: (k + 1) / (len(layers[i - 1 if down else i + 1]) + 1) for k, n in enumerate(layers[i - 1 if down else i + 1])}
             near = above if down else below
             here = {n: (k + 1) / (len(layers[i]) + 1) for k, n in enumerate(layers[i])}
@@ -87,18 +96,23 @@ def _places(layers, near, width_of, width):
     "An x for every item, near its neighbours, in order, inside the picture."
     x = {}
     for layer in layers:
-        gap = (width - sum(width_of[n] for n in layer)) / (len(layer) + 1); at = gap
-        for n in layer: x[n] = at + width_of[n] / 2; at += width_of[n] + gap
+        gap = (width - sum(width_of[n] for n in layer)) / (len(layer) + 1)
+        at = gap
+        for n in layer:
+            x[n] = at + width_of[n] / 2
+            at += width_of[n] + gap
     for _ in range(12):
         for layer in layers:
-            sep = min(14., max(4., (width - 8 - sum(width_of[n] for n in layer)) / max(1, len(layer))))
+            sep = min(14.0, max(4.0, (width - 8 - sum(width_of[n] for n in layer)) / max(1, len(layer))))
             want = [sum(x[m] for m in near[n]) / len(near[n]) if near[n] else x[n] for n in layer]
             for k, n in enumerate(layer):
                 low = 4 + width_of[n] / 2 if k == 0 else want[k - 1] + (width_of[layer[k - 1]] + width_of[n]) / 2 + sep
                 want[k] = max(want[k], low)
             for k in range(len(layer) - 1, -1, -1):
                 n = layer[k]
-                high = width - 4 - width_of[n] / 2 if k == len(layer) - 1 else want[k + 1] - (width_of[layer[k + 1]] + width_of[n]) / 2 - sep
+                high = (
+                    width - 4 - width_of[n] / 2 if k == len(layer) - 1 else want[k + 1] - (width_of[layer[k + 1]] + width_of[n]) / 2 - sep
+                )
                 want[k] = min(want[k], high)
             x.update(zip(layer, want))
     return x
@@ -106,19 +120,20 @@ def _places(layers, near, width_of, width):
 # %% ../../nbs/views/02_graph.ipynb #78d4399b
 def _curve(points, tip_up):
     "A path through the points with upright tangents, and the arrow tip at its end."
-    d = f'M{points[0][0]:.1f} {points[0][1]:.1f}'
+    d = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
     for (x1, y1), (x2, y2) in zip(points, points[1:]):
         m = (y1 + y2) / 2
-        d += f'L{x2:.1f} {y2:.1f}' if abs(x1 - x2) < .5 else f'C{x1:.1f} {m:.1f} {x2:.1f} {m:.1f} {x2:.1f} {y2:.1f}'
-    x, y = points[-1]; s = 1 if tip_up else -1
-    return d, f'M{x:.1f} {y - 7 * s:.1f}l-4.5 {8 * s}h9z'
+        d += f"L{x2:.1f} {y2:.1f}" if abs(x1 - x2) < 0.5 else f"C{x1:.1f} {m:.1f} {x2:.1f} {m:.1f} {x2:.1f} {y2:.1f}"
+    x, y = points[-1]
+    s = 1 if tip_up else -1
+    return d, f"M{x:.1f} {y - 7 * s:.1f}l-4.5 {8 * s}h9z"
 
 
 def layout(
-    names,              # level names in the order of the program
-    edges,              # (source, target, 'u2l' or 'l2u')
-    width=300,          # of the picture, in pixels
-    height=None,        # in pixels; None: what the rows need, at most 90 a row
+    names,  # level names in the order of the program
+    edges,  # (source, target, 'u2l' or 'l2u')
+    width=300,  # of the picture, in pixels
+    height=None,  # in pixels; None: what the rows need, at most 90 a row
 ):
     "The picture of a program as data: a box for every level, a path for every edge."
     names, pairs = list(names), _pairs(names, edges)
@@ -126,17 +141,21 @@ def layout(
     row = {n: r for r, layer in enumerate(layers) for n in layer}
     chains, above, below = {}, defaultdict(list), defaultdict(list)
     layers = [list(layer) for layer in layers]
-    for u, l in pairs:                                      # an edge over several rows passes through a place of its own in each
+    for u, l in pairs:  # an edge over several rows passes through a place of its own in each
         chain = [u, *((u, l, r) for r in range(row[u] + 1, row[l])), l]
-        for r, n in zip(range(row[u] + 1, row[l]), chain[1:-1]): layers[r].append(n)
-        for a, b in zip(chain, chain[1:]): below[a].append(b); above[b].append(a)
+        for r, n in zip(range(row[u] + 1, row[l]), chain[1:-1]):
+            layers[r].append(n)
+        for a, b in zip(chain, chain[1:]):
+            below[a].append(b)
+            above[b].append(a)
         chains[u, l] = chain
     _order(layers, above, below)
     pitch = 90 if height is None else min(120, (height - 16) / len(layers))
-    if height is None: height = pitch * len(layers) + 16
-    tall = min(46., max(20., pitch * .56))
+    if height is None:
+        height = pitch * len(layers) + 16
+    tall = min(46.0, max(20.0, pitch * 0.56))
     room = min((width - 10 - sum(15 for n in layer if n not in row)) / max(1, sum(n in row for n in layer)) for layer in layers)
-    wide = max(40., min(164., room - 8))
+    wide = max(40.0, min(164.0, room - 8))
     width_of = {n: wide if n in row else 12 for layer in layers for n in layer}
     x = _places(layers, {n: above[n] + below[n] for layer in layers for n in layer}, width_of, width)
     top = (height - pitch * len(layers)) / 2 + pitch / 2 + 2
@@ -148,91 +167,128 @@ def layout(
 def _ports(chains, x, wide):
     "Where on its lower or upper side each neighbour's pair of edges meets a level."
     side, port = defaultdict(list), {}
-    for (u, l), chain in chains.items(): side[u, 'bottom'].append((x[chain[1]], (u, l))); side[l, 'top'].append((x[chain[-2]], (u, l)))
+    for (u, l), chain in chains.items():
+        side[u, "bottom"].append((x[chain[1]], (u, l)))
+        side[l, "top"].append((x[chain[-2]], (u, l)))
     for (n, where), ends in side.items():
-        ends.sort(); step = min(26., (wide - 26) / max(1, len(ends) - 1)) if len(ends) > 1 else 0
-        for k, (_, pair) in enumerate(ends): port[pair, where] = x[n] + (k - (len(ends) - 1) / 2) * step
+        ends.sort()
+        step = min(26.0, (wide - 26) / max(1, len(ends) - 1)) if len(ends) > 1 else 0
+        for k, (_, pair) in enumerate(ends):
+            port[pair, where] = x[n] + (k - (len(ends) - 1) / 2) * step
     return port
 
 
 def _links(edges, chains, x, y, wide, tall):
     "Every edge as a path from border to border, the two of a pair side by side."
     port, kinds = _ports(chains, x, wide), defaultdict(set)
-    for s, t, kind in edges: kinds[frozenset((s, t))].add(kind)
+    for s, t, kind in edges:
+        kinds[frozenset((s, t))].add(kind)
     for s, t, kind in dict.fromkeys(map(tuple, edges)):
-        if (s, t) not in chains and (t, s) not in chains: continue
-        down = (s, t) in chains; u, l = (s, t) if down else (t, s); chain = chains[u, l]
-        off = (-5 if kind == 'l2u' else 5) if len(kinds[frozenset((s, t))]) > 1 else 0
-        points = [(port[(u, l), 'bottom'] + off, y[u] + tall / 2 + (1 if down else 10))]
-        for n in chain[1:-1]: points += [(x[n] + off, y[n] - tall / 2), (x[n] + off, y[n] + tall / 2)]
-        points.append((port[(u, l), 'top'] + off, y[l] - tall / 2 - (10 if down else 1)))
+        if (s, t) not in chains and (t, s) not in chains:
+            continue
+        down = (s, t) in chains
+        u, l = (s, t) if down else (t, s)
+        chain = chains[u, l]
+        off = (-5 if kind == "l2u" else 5) if len(kinds[frozenset((s, t))]) > 1 else 0
+        points = [(port[(u, l), "bottom"] + off, y[u] + tall / 2 + (1 if down else 10))]
+        for n in chain[1:-1]:
+            points += [(x[n] + off, y[n] - tall / 2), (x[n] + off, y[n] + tall / 2)]
+        points.append((port[(u, l), "top"] + off, y[l] - tall / 2 - (10 if down else 1)))
         mid = ((points[0][0] + points[1][0]) / 2, (points[0][1] + points[1][1]) / 2)
         path, tip = _curve(points if down else points[::-1], tip_up=not down)
         yield Link(s, t, kind, path, tip, (round(mid[0] + (5 if off >= 0 else -5), 1), round(mid[1] + 4, 1)))
 
-# %% ../../nbs/views/02_graph.ipynb #10f7f43f
+# %% ../../nbs/views/02_graph.ipynb #e9eeb17d
 def level_roles(
-    state,              # a ProgramState
-    selected,           # a level's name, or None
+    state,  # a ProgramState
+    selected,  # a level's name, or None
 ):
     "What each level is to the selected one: '', 'U', 'L' or 'U, L'."
     own = next((l for l in state.levels if l.name == selected), None)
-    if own is None: return {l.name: '' for l in state.levels}
-    return {l.name: ', '.join(w for w, group in (('U', own.upper), ('L', own.lower)) if l.name in group) for l in state.levels}
+    if own is None:
+        return {l.name: "" for l in state.levels}
+    return {l.name: ", ".join(w for w, group in (("U", own.upper), ("L", own.lower)) if l.name in group) for l in state.levels}
 
 
 def _fit(name, width, size=13):
     "The name cut to the width, and the font size it then has."
-    per = .58 * size
-    while len(name) * per > width and size > 11: size -= 1; per = .58 * size
-    return (name if len(name) * per <= 1.25 * width else name[:max(1, int(width / per) - 1)] + '…'), size
+    per = 0.58 * size
+    while len(name) * per > width and size > 11:
+        size -= 1
+        per = 0.58 * size
+    return (name if len(name) * per <= 1.25 * width else name[: max(1, int(width / per) - 1)] + "…"), size
 
 
 def _node(box, level, style, role, selected, is_next):
     x, y, w, h = box.x - box.width / 2, box.y - box.height / 2, box.width, box.height
-    two = h >= 30; room = (w - 16) if two else (w - 22 - 8 * max(3, len(str(level.steps)))); text, size = _fit(level.name, room)
-    kinds = ''.join(f' bn-{r.lower()}' for r in role.split(', ') if r) + (' bn-selected' if selected else '') + (' bn-next' if is_next else '')
-    squeeze = f'textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs" ' if len(text) * .58 * size > room else ''
-    count = f'{level.steps} step{"" if level.steps == 1 else "s"}'
+    two = h >= 30
+    room = (w - 16) if two else (w - 22 - 8 * max(3, len(str(level.steps))))
+    text, size = _fit(level.name, room)
+    kinds = (
+        "".join(f" bn-{r.lower()}" for r in role.split(", ") if r) + (" bn-selected" if selected else "") + (" bn-next" if is_next else "")
+    )
+    squeeze = f'textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs" ' if len(text) * 0.58 * size > room else ""
+    count = f"{level.steps} step{'' if level.steps == 1 else 's'}"
     name_at = f'x="{box.x + 2:.1f}" y="{box.y - 2.5:.1f}" text-anchor="middle"' if two else f'x="{x + 11:.1f}" y="{box.y + 4.5:.1f}"'
-    count_at = f'x="{box.x + 2:.1f}" y="{box.y + 13:.1f}" text-anchor="middle"' if two else f'x="{x + w - 6:.1f}" y="{box.y + 4.5:.1f}" text-anchor="end"'
+    count_at = (
+        f'x="{box.x + 2:.1f}" y="{box.y + 13:.1f}" text-anchor="middle"'
+        if two
+        else f'x="{x + w - 6:.1f}" y="{box.y + 4.5:.1f}" text-anchor="end"'
+    )
     pill = f'<g class="bn-pill"{"" if role else " visibility=" + chr(34) + "hidden" + chr(34)}><rect x="{x + w - 32:.1f}" y="{y - 13:.1f}" width="36" height="15" rx="7"/><text x="{x + w - 14:.1f}" y="{y - 1.5:.1f}" text-anchor="middle">{"in " + role if role else ""}</text></g>'
     arrow = f'<path class="bn-here" d="M{x - 9:.1f} {box.y - 5:.1f}l8 5l-8 5z" fill="var(--bn-fg)"{"" if is_next else " visibility=" + chr(34) + "hidden" + chr(34)}><title>the next action is here</title></path>'
-    return (f'<g class="bn-node{kinds}" data-level="{escape(level.name)}"><title>{escape(level.name)}: {count}</title>'
-            f'<rect class="bn-glow" x="{x - 4:.1f}" y="{y - 4:.1f}" width="{w + 8:.1f}" height="{h + 8:.1f}" rx="9"/>'
-            f'<rect class="bn-box" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="6" stroke="{style.css}"/>'
-            f'<rect x="{x + 2.5:.1f}" y="{y + 4:.1f}" width="4" height="{h - 8:.1f}" rx="2" fill="{style.css}"/>'
-            f'<text class="bn-name" {name_at} {squeeze}style="font-size:{size}px">{escape(text)}</text>'
-            f'<text class="bn-count" data-short="{int(not two)}" {count_at}>{count if two else level.steps}</text>{pill}{arrow}</g>')
+    return (
+        f'<g class="bn-node{kinds}" data-level="{escape(level.name)}"><title>{escape(level.name)}: {count}</title>'
+        f'<rect class="bn-glow" x="{x - 4:.1f}" y="{y - 4:.1f}" width="{w + 8:.1f}" height="{h + 8:.1f}" rx="9"/>'
+        f'<rect class="bn-box" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="6" stroke="{style.css}"/>'
+        f'<rect x="{x + 2.5:.1f}" y="{y + 4:.1f}" width="4" height="{h - 8:.1f}" rx="2" fill="{style.css}"/>'
+        f'<text class="bn-name" {name_at} {squeeze}style="font-size:{size}px">{escape(text)}</text>'
+        f'<text class="bn-count" data-short="{int(not two)}" {count_at}>{count if two else level.steps}</text>{pill}{arrow}</g>'
+    )
 
-# %% ../../nbs/views/02_graph.ipynb #5e34e979
-MEANING = {'u2l': 'takes its parameters as given', 'l2u': 'depends on its optimum'}
+# %% ../../nbs/views/02_graph.ipynb #5dc2058f
+MEANING = {"u2l": "takes its parameters as given", "l2u": "depends on its optimum"}
 
 
 def graph_svg(
-    state,              # a ProgramState
-    selected=None,      # the level whose U and L are marked
-    width=300,          # in pixels
-    height=None,        # in pixels; None: what the rows need
-    legend=True,        # say below what the arrows mean
+    state,  # a ProgramState
+    selected=None,  # the level whose U and L are marked
+    width=300,  # in pixels
+    height=None,  # in pixels; None: what the rows need
+    legend=True,  # say below what the arrows mean
 ):
     "The levels, their edges and their step counters as one SVG picture."
     styles, roles = level_styles(l.name for l in state.levels), level_roles(state, selected)
     lay = layout([l.name for l in state.levels], state.edges, width, None if height is None else height - 40 * legend)
-    out = [f'<title>{escape(", ".join(f"{l.name}: {l.steps} steps" for l in state.levels))}</title>']
+    out = [f"<title>{escape(', '.join(f'{l.name}: {l.steps} steps' for l in state.levels))}</title>"]
     high = {b.name: b.y for b in lay.boxes}
     gaps = [tuple(sorted((high[e.source], high[e.target]))) for e in lay.links]
-    def alone(e): a, b = sorted((high[e.source], high[e.target])); return b - a > 60 and sum(c < b and d > a for c, d in gaps) <= 2
+
+    def alone(e):
+        a, b = sorted((high[e.source], high[e.target]))
+        return b - a > 60 and sum(c < b and d > a for c, d in gaps) <= 2
+
     for e in lay.links:
-        on = ' bn-on' if e.target == selected else ''
-        word = f'<text class="bn-small" x="{e.label[0]}" y="{e.label[1]}" text-anchor="{"end" if e.kind == "l2u" else "start"}">{e.kind}</text>' if alone(e) else ''
-        out.append(f'<g class="bn-edge bn-{e.kind}{on}" data-source="{escape(e.source)}" data-target="{escape(e.target)}" data-kind="{e.kind}">'
-                   f'<title>{e.kind}: {escape(e.target)} {MEANING[e.kind]} ({escape(e.source)})</title><path class="bn-line" d="{e.path}"/><path class="bn-tip" d="{e.tip}"/>{word}</g>')
+        on = " bn-on" if e.target == selected else ""
+        word = (
+            f'<text class="bn-small" x="{e.label[0]}" y="{e.label[1]}" text-anchor="{"end" if e.kind == "l2u" else "start"}">{e.kind}</text>'
+            if alone(e)
+            else ""
+        )
+        out.append(
+            f'<g class="bn-edge bn-{e.kind}{on}" data-source="{escape(e.source)}" data-target="{escape(e.target)}" data-kind="{e.kind}">'
+            f'<title>{e.kind}: {escape(e.target)} {MEANING[e.kind]} ({escape(e.source)})</title><path class="bn-line" d="{e.path}"/><path class="bn-tip" d="{e.tip}"/>{word}</g>'
+        )
     for box, level in zip(lay.boxes, state.levels):
         out.append(_node(box, level, styles[level.name], roles[level.name], level.name == selected, level.name == state.next_level))
     full = lay.height
     if legend:
-        y = lay.height + 14; full += 40
-        out.append(f'<g class="bn-edge bn-l2u"><path class="bn-line" d="M8 {y - 4}h28"/><path class="bn-tip" d="M36 {y - 8.5}l8 4.5l-8 4.5z"/></g><text class="bn-small" x="50" y="{y}">l2u, up: depends on the optimum below</text>'
-                   f'<g class="bn-edge bn-u2l"><path class="bn-line" d="M8 {y + 13}h28"/><path class="bn-tip" d="M36 {y + 8.5}l8 4.5l-8 4.5z"/></g><text class="bn-small" x="50" y="{y + 17}">u2l, down: parameters taken as given</text>')
-    return Html(f'<svg class="bn bn-graph" role="img" aria-label="level graph" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{full:.0f}" viewBox="0 0 {width} {full:.0f}">{"".join(out)}</svg>')
+        y = lay.height + 14
+        full += 40
+        out.append(
+            f'<g class="bn-edge bn-l2u"><path class="bn-line" d="M8 {y - 4}h28"/><path class="bn-tip" d="M36 {y - 8.5}l8 4.5l-8 4.5z"/></g><text class="bn-small" x="50" y="{y}">l2u, up: depends on the optimum below</text>'
+            f'<g class="bn-edge bn-u2l"><path class="bn-line" d="M8 {y + 13}h28"/><path class="bn-tip" d="M36 {y + 8.5}l8 4.5l-8 4.5z"/></g><text class="bn-small" x="50" y="{y + 17}">u2l, down: parameters taken as given</text>'
+        )
+    return Html(
+        f'<svg class="bn bn-graph" role="img" aria-label="level graph" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{full:.0f}" viewBox="0 0 {width} {full:.0f}">{"".join(out)}</svg>'
+    )

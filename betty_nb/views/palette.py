@@ -9,33 +9,34 @@ __all__ = ['OKABE_ITO', 'ON_LIGHT', 'ON_DARK', 'DASHES', 'THEMES', 'PLACEHOLDERS
 # %% ../../nbs/views/00_palette.ipynb #2126cfba
 from dataclasses import dataclass
 
-# %% ../../nbs/views/00_palette.ipynb #8f33c00b
-OKABE_ITO = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')
-ON_LIGHT = (*OKABE_ITO[:4], '#B47A00', '#2F8BC2', '#1B1B1B', '#9A8E00')     # the light ones darkened: a projector washes yellow out
-ON_DARK = ('#3D9BD4', *OKABE_ITO[1:6], '#F2F2F2', OKABE_ITO[7])
-DASHES = ((), (7, 3), (2, 2), (9, 3, 2, 3), (12, 4), (5, 2, 1, 2), (1, 3), (14, 3, 3, 3))        # in pixels: drawn, left out, drawn, ...
+# %% ../../nbs/views/00_palette.ipynb #c2595703
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+ON_LIGHT = (*OKABE_ITO[:4], "#B47A00", "#2F8BC2", "#1B1B1B", "#9A8E00")  # the light ones darkened: a projector washes yellow out
+ON_DARK = ("#3D9BD4", *OKABE_ITO[1:6], "#F2F2F2", OKABE_ITO[7])
+DASHES = ((), (7, 3), (2, 2), (9, 3, 2, 3), (12, 4), (5, 2, 1, 2), (1, 3), (14, 3, 3, 3))  # in pixels: drawn, left out, drawn, ...
 
 
 @dataclass(frozen=True)
 class LevelStyle:
     "How one level is drawn in every picture."
+
     name: str
-    index: int          # into the palette
-    dash: tuple         # () is a solid line
+    index: int  # into the palette
+    dash: tuple  # () is a solid line
 
     @property
     def css(self):
         "The colour as CSS, which follows the page's theme."
-        return f'var(--bn-c{self.index},{ON_LIGHT[self.index]})'
+        return f"var(--bn-c{self.index},{ON_LIGHT[self.index]})"
 
     @property
     def css_dash(self):
         "The dash pattern as an SVG `stroke-dasharray`."
-        return ' '.join(map(str, self.dash)) or 'none'
+        return " ".join(map(str, self.dash)) or "none"
 
 
 def level_styles(
-    names,              # level names in the order of the program
+    names,  # level names in the order of the program
 ):
     "The style of each level, by name, given out in order."
     return {n: LevelStyle(n, i % 8, DASHES[(i + i // 8) % 8]) for i, n in enumerate(names)}
@@ -44,43 +45,55 @@ def level_styles(
 @dataclass(frozen=True)
 class Theme:
     "The fixed colours of a matplotlib figure."
-    ink: str            # text and axes
-    paper: str          # background
-    grid: str           # grid lines and frames
-    levels: tuple       # the palette on this paper
+
+    ink: str  # text and axes
+    paper: str  # background
+    grid: str  # grid lines and frames
+    levels: tuple  # the palette on this paper
 
     def colour(self, style):
         "The colour of a level on this paper."
         return self.levels[style.index]
 
 
-THEMES = {'light': Theme('#1b1b1b', '#ffffff', '#cccccc', ON_LIGHT), 'dark': Theme('#f2f2f2', '#111111', '#555555', ON_DARK),
-          'page': Theme('#010203', '#fcfdfe', '#c1c2c3', tuple(f'#0a0b{i:02x}' for i in range(8)))}
-PLACEHOLDERS = {'#010203': 'var(--bn-fg,#1b1b1b)', '#fcfdfe': 'var(--bn-bg,#ffffff)', '#c1c2c3': 'var(--bn-line,#cccccc)',
-                **{c: f'var(--bn-c{i},{ON_LIGHT[i]})' for i, c in enumerate(THEMES['page'].levels)}}
+THEMES = {
+    "light": Theme("#1b1b1b", "#ffffff", "#cccccc", ON_LIGHT),
+    "dark": Theme("#f2f2f2", "#111111", "#555555", ON_DARK),
+    "page": Theme("#010203", "#fcfdfe", "#c1c2c3", tuple(f"#0a0b{i:02x}" for i in range(8))),
+}
+PLACEHOLDERS = {
+    "#010203": "var(--bn-fg,#1b1b1b)",
+    "#fcfdfe": "var(--bn-bg,#ffffff)",
+    "#c1c2c3": "var(--bn-line,#cccccc)",
+    **{c: f"var(--bn-c{i},{ON_LIGHT[i]})" for i, c in enumerate(THEMES["page"].levels)},
+}
 
 
 def theme(
-    name='page',        # 'light', 'dark' or 'page'
+    name="page",  # 'light', 'dark' or 'page'
 ):
     "The theme of that name."
-    if name not in THEMES: raise ValueError(f'There is no theme {name!r}; take one of {", ".join(map(repr, THEMES))}.')
+    if name not in THEMES:
+        raise ValueError(f"There is no theme {name!r}; take one of {', '.join(map(repr, THEMES))}.")
     return THEMES[name]
 
-# %% ../../nbs/views/00_palette.ipynb #ede0fb42
+# %% ../../nbs/views/00_palette.ipynb #193287cb
 def contrast(
-    a, b,               # '#rrggbb'
+    a,
+    b,  # '#rrggbb'
 ):
     "The contrast ratio of two colours, between 1 and 21 (WCAG 2.1)."
+
     def luminance(c):
-        parts = [int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
     low, high = sorted((luminance(a), luminance(b)))
     return (high + 0.05) / (low + 0.05)
 
-# %% ../../nbs/views/00_palette.ipynb #9869c583
-CSS = '''
+# %% ../../nbs/views/00_palette.ipynb #2966cb37
+CSS = """
 .bn{--bn-fg:var(--jp-ui-font-color0,var(--vscode-foreground,var(--bn-page-fg,#1b1b1b)));--bn-bg:var(--jp-layout-color1,var(--vscode-editor-background,var(--bn-page-bg,#fff)));
 --bn-line:var(--jp-border-color1,var(--bn-page-line,#ccc));--bn-soft:rgba(127,127,127,.13);--bn-bad:#b3001b;--bn-good:#00633f;--bn-u:#8d4fd1;--bn-l:#00786b;--bn-focus:#0072b2;
 color:var(--bn-fg);font:13px/1.4 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif}
@@ -104,14 +117,14 @@ body[data-jp-theme-light="false"] .bn,body.vscode-dark .bn,html[theme=dark] .bn,
 .bn .bn-edge path.bn-line{fill:none;stroke:var(--bn-fg);stroke-opacity:.62;stroke-width:1.6}.bn .bn-edge path.bn-tip{fill:var(--bn-fg);fill-opacity:.75}
 .bn .bn-edge.bn-on path.bn-line{stroke-opacity:1;stroke-width:2.6}.bn .bn-edge.bn-on path.bn-tip{fill-opacity:1}.bn .bn-u2l path.bn-line{stroke-dasharray:5 3}
 .bn svg .bn-small{font-size:11.5px}
-'''
+"""
 
-_variables = lambda colours: ''.join(f'--bn-c{i}:{c};' for i, c in enumerate(colours))
-CSS = CSS.replace('.bn{--bn-fg', '.bn{' + _variables(ON_LIGHT) + '--bn-fg', 1).replace('.bn-dark{', '.bn-dark{' + _variables(ON_DARK), 1)
+_variables = lambda colours: "".join(f"--bn-c{i}:{c};" for i, c in enumerate(colours))
+CSS = CSS.replace(".bn{--bn-fg", ".bn{" + _variables(ON_LIGHT) + "--bn-fg", 1).replace(".bn-dark{", ".bn-dark{" + _variables(ON_DARK), 1)
 
-STANDALONE_CSS = '''
+STANDALONE_CSS = """
 :root{--bn-page-fg:#1b1b1b;--bn-page-bg:#fff;--bn-page-line:#ccc}
 @media(prefers-color-scheme:dark){:root{--bn-page-fg:#f2f2f2;--bn-page-bg:#111;--bn-page-line:#555}main.bn,main.bn .bn{DARK--bn-bad:#ff8b8b;--bn-good:#62d9a4;--bn-u:#c9a2ff;--bn-l:#5fd6c4;--bn-focus:#56b4e9}}
 body{margin:0;background:var(--bn-page-bg,#fff)}main.bn{max-width:1100px;margin:0 auto;padding:16px 20px;font-size:15px}
 main.bn h1{font-size:24px;margin:8px 0}main.bn h2{font-size:18px;margin:22px 0 6px;border-bottom:1px solid var(--bn-line)}main.bn img{max-width:100%}
-'''.replace('DARK', _variables(ON_DARK))
+""".replace("DARK", _variables(ON_DARK))

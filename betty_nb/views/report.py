@@ -12,78 +12,104 @@ from .graph import graph_svg
 from .palette import CSS, STANDALONE_CSS
 from .tables import Html, comparison_html, facts_html, methods_html, record_html, sets_html
 
-# %% ../../nbs/views/04_report.ipynb #bb7e13e7
+# %% ../../nbs/views/04_report.ipynb #69ded788
 def as_html(
-    content,            # Html, a record, a matplotlib figure, PNG bytes, a text, or a list of these
-    title='',           # what the picture shows, if it is one
+    content,  # Html, a record, a matplotlib figure, PNG bytes, a text, or a list of these
+    title="",  # what the picture shows, if it is one
 ):
     "Anything a section of a report may hold, as HTML."
-    if isinstance(content, (list, tuple)) and not hasattr(content, '_repr_html_'): return Html(''.join(as_html(c, title) for c in content))
-    if isinstance(content, Html): return content
-    if isinstance(content, str): return Html(f'<p>{escape(content)}</p>')
+    if isinstance(content, (list, tuple)) and not hasattr(content, "_repr_html_"):
+        return Html("".join(as_html(c, title) for c in content))
+    if isinstance(content, Html):
+        return content
+    if isinstance(content, str):
+        return Html(f"<p>{escape(content)}</p>")
     if isinstance(content, bytes):
         from betty_nb.views.figures import image_html
+
         return image_html(content, title)
-    if hasattr(content, 'get_size_inches'):
+    if hasattr(content, "get_size_inches"):
         from betty_nb.views.figures import figure_svg
+
         return figure_svg(content, title)
-    if hasattr(content, 'summary') and hasattr(content, 'table'): return record_html(content)
-    if hasattr(content, '_repr_html_'): return Html(content._repr_html_())
-    raise TypeError(f'A section can hold HTML, a record, a figure, PNG bytes or text, not {type(content).__name__!r}.')
+    if hasattr(content, "summary") and hasattr(content, "table"):
+        return record_html(content)
+    if hasattr(content, "_repr_html_"):
+        return Html(content._repr_html_())
+    raise TypeError(f"A section can hold HTML, a record, a figure, PNG bytes or text, not {type(content).__name__!r}.")
 
 
 def report_html(
     title,
-    sections,           # (heading, content) pairs; see as_html for what content may be
+    sections,  # (heading, content) pairs; see as_html for what content may be
 ):
     "A whole HTML page with its style and pictures inside."
-    body = ''.join(f'<section><h2>{escape(h)}</h2>{as_html(c, h)}</section>' for h, c in sections)
-    return Html(f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-                f'<style>{CSS}{STANDALONE_CSS}</style></head><body><main class="bn"><h1>{escape(title)}</h1>{body}</main></body></html>\n')
+    body = "".join(f"<section><h2>{escape(h)}</h2>{as_html(c, h)}</section>" for h, c in sections)
+    return Html(
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+        f'<style>{CSS}{STANDALONE_CSS}</style></head><body><main class="bn"><h1>{escape(title)}</h1>{body}</main></body></html>\n'
+    )
 
-# %% ../../nbs/views/04_report.ipynb #a8169705
+# %% ../../nbs/views/04_report.ipynb #a98bbfef
 def status_text(
-    state,              # a ProgramState
+    state,  # a ProgramState
 ):
     "Where the program stands and what it does next, in one line."
-    if state.error: return f'stopped at step {state.step:,}'
-    return f'running: step {state.step:,}' if state.running else f'step {state.step:,} · next: {state.next}'
+    if state.error:
+        return f"stopped at iteration {state.step:,}"
+    return f"running: iteration {state.step:,}" if state.running else f"iteration {state.step:,} · next: {state.next}"
 
 
 def default_level(
-    state,              # a ProgramState
+    state,  # a ProgramState
 ):
     "The level a view shows first: the first one that has lower levels."
     return next((l.name for l in state.levels if l.lower), state.levels[0].name)
 
 
 def dashboard_html(
-    debugger,           # a Debugger
-    selected=None,      # a level's name; None: the first with lower levels
-    hypergradient=None, # a HypergradientRecord to show
-    comparison=None,    # a Comparison to show
+    debugger,  # a Debugger
+    selected=None,  # a level's name; None: the first with lower levels
+    hypergradient=None,  # a HypergradientRecord to show
+    comparison=None,  # a Comparison to show
 ):
     "The dashboard as one static piece of HTML."
-    state = debugger.state; selected = selected or default_level(state)
-    level = next(l for l in state.levels if l.name == selected); names = [l.name for l in state.levels]
-    parts = [('Curves', _curves(debugger, names))]
+    state = debugger.state
+    selected = selected or default_level(state)
+    level = next(l for l in state.levels if l.name == selected)
+    names = [l.name for l in state.levels]
+    parts = [("Curves", _curves(debugger, names))]
     if hypergradient is not None:
         from betty_nb.views.figures import hypergradient_figure
-        parts.append(('Hypergradient', [hypergradient.summary(), as_html(hypergradient_figure(hypergradient, names), f'hypergradient of {hypergradient.level}')]))
-    parts.append(('Sets', sets_html(debugger.constraining_sets(selected))))
+
+        parts.append(
+            (
+                "Hypergradient",
+                [hypergradient.summary(), as_html(hypergradient_figure(hypergradient, names), f"hypergradient of {hypergradient.level}")],
+            )
+        )
+    parts.append(("Sets", sets_html(debugger.constraining_sets(selected))))
     through = selected if level.receives else next((l.name for l in state.levels if l.receives), None)
     if comparison is not None:
         from betty_nb.views.figures import comparison_figure
-        parts.append(('Comparison', [comparison_html(comparison), as_html(comparison_figure(comparison), 'error against cost')]))
-    if through: parts.append(('Methods', methods_html(through, debugger.methods(through))))
-    right = ''.join(f'<h3 style="margin:10px 0 4px;font-size:14px;border-bottom:1px solid var(--bn-line)">{h}</h3>{as_html(c)}' for h, c in parts)
-    error = f'<p class="bn-bad" role="alert">{escape(state.error)}</p>' if state.error else ''
-    return Html(f'<style>{CSS}</style><div class="bn bn-static"><p><b>{escape(status_text(state))}</b></p>{error}<div style="display:flex;gap:20px;flex-wrap:wrap;align-items:flex-start">'
-                f'<div style="flex:0 0 300px">{graph_svg(state, selected)}{facts_html(level)}</div><div style="flex:1 1 520px;min-width:0">{right}</div></div></div>')
+
+        parts.append(("Comparison", [comparison_html(comparison), as_html(comparison_figure(comparison), "error against cost")]))
+    if through:
+        parts.append(("Methods", methods_html(through, debugger.methods(through))))
+    right = "".join(
+        f'<h3 style="margin:10px 0 4px;font-size:14px;border-bottom:1px solid var(--bn-line)">{h}</h3>{as_html(c)}' for h, c in parts
+    )
+    error = f'<p class="bn-bad" role="alert">{escape(state.error)}</p>' if state.error else ""
+    return Html(
+        f'<style>{CSS}</style><div class="bn bn-static"><p><b>{escape(status_text(state))}</b></p>{error}<div style="display:flex;gap:20px;flex-wrap:wrap;align-items:flex-start">'
+        f'<div style="flex:0 0 300px">{graph_svg(state, selected)}{facts_html(level)}</div><div style="flex:1 1 520px;min-width:0">{right}</div></div></div>'
+    )
 
 
 def _curves(debugger, names):
     curves = {n: debugger.history(n) for n in names}
-    if not any(len(x) for x, _ in curves.values()): return 'No losses yet: take a step or start a run.'
+    if not any(len(x) for x, _ in curves.values()):
+        return "No losses yet: take a step or start a run."
     from betty_nb.views.figures import figure_svg, loss_curves
-    return figure_svg(loss_curves(curves), 'loss of each level')
+
+    return figure_svg(loss_curves(curves), "loss of each level")

@@ -13,131 +13,188 @@ from html import escape
 
 from ..debugger.records import verdict
 
-# %% ../../nbs/views/01_tables.ipynb #a698b34e
+# %% ../../nbs/views/01_tables.ipynb #17817837
 class Html(str):
     "HTML as a string that a notebook displays."
-    def _repr_html_(self): return str(self)
+
+    def _repr_html_(self):
+        return str(self)
+
+    def __repr__(self):
+        return f"<HTML of {len(self)} characters>"
 
 
 def number(
-    value,              # a number, a string or None
-    digits=3,           # significant digits
+    value,  # a number, a string or None
+    digits=3,  # significant digits
 ):
     "A number as a person would write it; None is a dash."
-    if value is None: return '–'
-    if isinstance(value, bool): return 'yes' if value else 'no'
-    if isinstance(value, str): return value
-    if isinstance(value, int): return f'{value:,}'
-    if math.isnan(value): return 'not a number'
-    if math.isinf(value): return 'infinite'
-    if value == 0: return '0'
-    return f'{value:.{digits}g}' if 1e-3 <= abs(value) < 1e5 else f'{value:.{max(0, digits - 2)}e}'
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite"
+    if value == 0:
+        return "0"
+    return f"{value:.{digits}g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.{max(0, digits - 2)}e}"
 
 
 def percent(
-    value,              # 0.012 is 1.2 %
+    value,  # 0.012 is 1.2 %
 ):
     "A share in percent."
-    if value is None or not math.isfinite(value): return number(value)
+    if value is None or not math.isfinite(value):
+        return number(value)
     p = 100 * value
-    return '0 %' if p == 0 else f'{p:.1e} %' if abs(p) < 0.01 else f'{p:.2g} %' if abs(p) < 10 else f'{p:,.0f} %'
+    return "0 %" if p == 0 else f"{p:.1e} %" if abs(p) < 0.01 else f"{p:.2g} %" if abs(p) < 10 else f"{p:,.0f} %"
 
 
 def size_text(
-    shape,              # (10, 30)
+    shape,  # (10, 30)
 ):
     "A shape as a person would write it."
-    return ' × '.join(map(str, shape)) if shape else 'a single number'
+    return " × ".join(map(str, shape)) if shape else "a single number"
 
-# %% ../../nbs/views/01_tables.ipynb #20138bda
-_figure = re.compile(r'[-+]?[\d.,]+(e[-+]\d+)?( %)?')
+# %% ../../nbs/views/01_tables.ipynb #267cc947
+_figure = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( %)?")
 
 
 def table_html(
-    columns,            # names, or (name, explanation) pairs
-    rows,               # of str, int, float, None or Html
-    caption='',
+    columns,  # names, or (name, explanation) pairs
+    rows,  # of str, int, float, None or Html
+    caption="",
 ):
     "An HTML table; numbers stand right, an explanation shows when the pointer rests on a heading."
-    heads = [(c, '') if isinstance(c, str) else c for c in columns]
-    right = [any(isinstance(r[i], (int, float)) or (isinstance(r[i], str) and _figure.fullmatch(r[i])) for r in rows) for i in range(len(heads))]
-    cls = lambda i: ' class="bn-num"' if right[i] else ''
-    def cell(v): return v if isinstance(v, Html) else escape(number(v))
-    head = ''.join(f'<th scope="col"{cls(i)}' + (f' title="{escape(t)}"' if t else '') + f'>{escape(h)}</th>' for i, (h, t) in enumerate(heads))
-    body = ''.join('<tr>' + ''.join(f'<td{cls(i)}>{cell(v)}</td>' for i, v in enumerate(r)) + '</tr>' for r in rows)
-    return Html(f'<div class="bn"><table class="bn-table">' + (f'<caption>{escape(caption)}</caption>' if caption else '') + f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    heads = [(c, "") if isinstance(c, str) else c for c in columns]
+    right = [
+        any(isinstance(r[i], (int, float)) or (isinstance(r[i], str) and _figure.fullmatch(r[i])) for r in rows) for i in range(len(heads))
+    ]
+    cls = lambda i: ' class="bn-num"' if right[i] else ""
+
+    def cell(v):
+        return v if isinstance(v, Html) else escape(number(v))
+
+    head = "".join(
+        f'<th scope="col"{cls(i)}' + (f' title="{escape(t)}"' if t else "") + f">{escape(h)}</th>" for i, (h, t) in enumerate(heads)
+    )
+    body = "".join("<tr>" + "".join(f"<td{cls(i)}>{cell(v)}</td>" for i, v in enumerate(r)) + "</tr>" for r in rows)
+    return Html(
+        f'<div class="bn"><table class="bn-table">'
+        + (f"<caption>{escape(caption)}</caption>" if caption else "")
+        + f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def record_html(
-    record,             # any record with summary() and table()
+    record,  # any record with summary() and table()
 ):
     "A record's sentence with its table below."
     table = record.table()
-    sentence = f'<p>{escape(record.summary())}</p>'
+    sentence = f"<p>{escape(record.summary())}</p>"
     return Html(f'<div class="bn">{sentence}{table_html(table.columns, table.rows) if table else ""}</div>')
 
-# %% ../../nbs/views/01_tables.ipynb #70a68ab4
+# %% ../../nbs/views/01_tables.ipynb #12c3deac
 def sets_html(
-    record,             # a SetsRecord
-    most=None,          # rows at most
+    record,  # a SetsRecord
+    most=None,  # rows at most
 ):
     "U and L of a level: which levels, which parameters, which shapes."
-    k, braces = record.level, lambda names: '{' + ', '.join(names) + '}'
-    head = (f'<p><b>U({escape(k)}) = {escape(braces(record.upper))}</b>: the levels whose parameters the loss of {escape(k)} takes as given.</p>'
-            f'<p><b>L({escape(k)}) = {escape(braces(record.lower))}</b>: the levels whose optimum the loss of {escape(k)} depends on.</p>')
+    k, braces = record.level, lambda names: "{" + ", ".join(names) + "}"
+    head = (
+        f"<p><b>U({escape(k)}) = {escape(braces(record.upper))}</b>: the levels whose parameters the loss of {escape(k)} takes as given.</p>"
+        f"<p><b>L({escape(k)}) = {escape(braces(record.lower))}</b>: the levels whose optimum the loss of {escape(k)} depends on.</p>"
+    )
     rows = [(r.set, r.level, r.parameter, size_text(r.shape), math.prod(r.shape)) for r in record.rows[:most]]
     left = len(record.rows) - len(rows)
-    table = table_html(['set', 'level', 'parameter', 'shape', ('numbers', 'how many numbers the parameter holds')], rows) if rows else ''
-    return Html(f'<div class="bn">{head}{table}' + (f'<p>and {left} more parameters</p>' if left else '') + '</div>')
+    table = table_html(["set", "level", "parameter", "shape", ("numbers", "how many numbers the parameter holds")], rows) if rows else ""
+    return Html(f'<div class="bn">{head}{table}' + (f"<p>and {left} more parameters</p>" if left else "") + "</div>")
 
 
-COMPARISON_COLUMNS = ('method', ('error', 'distance to the reference, relative to its length'), ('cosine', 'of the angle to the reference: 1 is the same direction'),
-                      ('ms', 'milliseconds on this machine'), ('HVPs', 'Hessian-vector products, the unit of cost'), 'in words')
+COMPARISON_COLUMNS = (
+    "method",
+    ("error", "distance to the reference, relative to its length"),
+    ("cosine", "of the angle to the reference: 1 is the same direction"),
+    ("ms", "milliseconds on this machine"),
+    ("HVPs", "Hessian-vector products, the unit of cost"),
+    "in words",
+)
 
 
 def short_labels(
-    comparison,         # a Comparison
+    comparison,  # a Comparison
 ):
     "A short name for each row: the method, and those of its options in which its rows differ."
     out = []
     for r in comparison.rows:
         same = [o for o in comparison.rows if o.method == r.method]
         differ = [n for n in r.options if len({repr(o.options.get(n)) for o in same}) > 1]
-        out.append('the mix in use' if r.label.count('(') > 1 else ', '.join([r.method, *(f'{n} {number(r.options[n])}' for n in differ)]))
+        out.append("the mix in use" if r.label.count("(") > 1 else ", ".join([r.method, *(f"{n} {number(r.options[n])}" for n in differ)]))
     return out
 
 
 def comparison_rows(
-    comparison,         # a Comparison
+    comparison,  # a Comparison
 ):
     "The rows of the comparison table, under `COMPARISON_COLUMNS`."
     for r, label in zip(comparison.rows, short_labels(comparison)):
         words = verdict(r.error, r.cosine) if r.error is not None else r.status
-        yield (label + (' (in use)' if r.current else ''), percent(r.error), None if r.cosine is None or math.isnan(r.cosine) else f'{r.cosine:.4f}', None if r.ms is None else f'{r.ms:.1f}', r.hvps, words)
+        yield (
+            label + (" (in use)" if r.current else ""),
+            percent(r.error),
+            None if r.cosine is None or math.isnan(r.cosine) else f"{r.cosine:.4f}",
+            None if r.ms is None else f"{r.ms:.1f}",
+            r.hvps,
+            words,
+        )
 
 
 def comparison_html(
-    comparison,         # a Comparison
+    comparison,  # a Comparison
 ):
     "Error and cost of every method on the same state and batch."
-    against = f'against {comparison.reference}' if comparison.reference else 'no reference at this size'
-    return table_html(COMPARISON_COLUMNS, list(comparison_rows(comparison)), f'hypergradient of {comparison.level} at step {comparison.step}, {against}')
+    against = f"against {comparison.reference}" if comparison.reference else "no reference at this size"
+    return table_html(
+        COMPARISON_COLUMNS, list(comparison_rows(comparison)), f"hypergradient of {comparison.level} at step {comparison.step}, {against}"
+    )
 
 
 def methods_html(
-    level,              # a level's name
-    methods,            # what debugger.methods(level) returned
+    level,  # a level's name
+    methods,  # what debugger.methods(level) returned
 ):
     "The methods that can carry a hypergradient through a level, with their options."
-    rows = [(m.name + (' (in use)' if m.current else ''), m.doc, ', '.join(f'{o.name}={o.value}' for o in m.options) or '–', 'yes' if m.valid else 'no: ' + m.reason) for m in methods]
-    return table_html(['method', 'what it does', 'options', ('can be used', f'on {level}')], rows, f'methods through {level}')
+    rows = [
+        (
+            m.name + (" (in use)" if m.current else ""),
+            m.doc,
+            ", ".join(f"{o.name}={o.value}" for o in m.options) or "–",
+            "yes" if m.valid else "no: " + m.reason,
+        )
+        for m in methods
+    ]
+    return table_html(["method", "what it does", "options", ("can be used", f"on {level}")], rows, f"methods through {level}")
 
 
 def facts_html(
-    level,              # a LevelState
+    level,  # a LevelState
 ):
     "What the dashboard says of the selected level."
-    braces = lambda names: '{' + ', '.join(names) + '}' if names else '{ }'
-    rows = [('level', level.name), ('loss', number(level.loss, 5)), ('parameters', f'{level.parameters:,}'), ('optimizer', level.optimizer), ('U', braces(level.upper)), ('L', braces(level.lower))]
-    if level.receives: rows += [('unroll', f'{level.unrolled} of {level.unroll_steps} steps done'), ('method', level.method)]
-    return Html('<dl class="bn bn-facts">' + ''.join(f'<dt>{a}</dt><dd>{escape(b)}</dd>' for a, b in rows) + '</dl>')
+    braces = lambda names: "{" + ", ".join(names) + "}" if names else "{ }"
+    rows = [
+        ("level", level.name),
+        ("loss", number(level.loss, 5)),
+        ("parameters", f"{level.parameters:,}"),
+        ("optimizer", level.optimizer),
+        ("U", braces(level.upper)),
+        ("L", braces(level.lower)),
+    ]
+    if level.receives:
+        rows += [("unroll", f"{level.unrolled} of {level.unroll_steps} steps done"), ("method", level.method)]
+    return Html('<dl class="bn bn-facts">' + "".join(f"<dt>{a}</dt><dd>{escape(b)}</dd>" for a, b in rows) + "</dl>")

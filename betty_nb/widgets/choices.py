@@ -9,8 +9,8 @@ __all__ = ['Menu', 'RowTable']
 import anywidget
 import traitlets as T
 
-# %% ../../nbs/widgets/01_choices.ipynb #060d3aa3
-_MENU_JS = '''
+# %% ../../nbs/widgets/01_choices.ipynb #51ec163a
+_MENU_JS = """
 function render({ model, el }) {
   el.classList.add('bn', 'bn-menu')
   const label = document.createElement('label'), text = document.createElement('span'), select = document.createElement('select'); label.append(text, ' ', select); el.append(label)
@@ -24,24 +24,25 @@ function render({ model, el }) {
   return () => names.forEach(n => model.off('change:' + n, draw))
 }
 export default { render }
-'''
+"""
 
 
 class Menu(anywidget.AnyWidget):
     "A menu; an entry with a reason cannot be chosen and shows it."
-    entries = T.List().tag(sync=True)                # dicts of name, label, reason ('' when it can be chosen)
-    value = T.Unicode('').tag(sync=True)
-    label = T.Unicode('').tag(sync=True)
-    hint = T.Unicode('').tag(sync=True)              # shown under the pointer
+
+    entries = T.List().tag(sync=True)  # dicts of name, label, reason ('' when it can be chosen)
+    value = T.Unicode("").tag(sync=True)
+    label = T.Unicode("").tag(sync=True)
+    hint = T.Unicode("").tag(sync=True)  # shown under the pointer
     locked = T.Bool(False).tag(sync=True)
     _esm = _MENU_JS
-    _css = '''
+    _css = """
 .bn-menu select{font:inherit;color:var(--bn-fg);background:var(--bn-bg);border:1px solid var(--bn-fg);border-radius:3px;padding:2px 4px;max-width:270px;height:28px}
 .bn-menu select:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}.bn-menu label{white-space:nowrap;margin-right:8px}.bn-menu option{color:var(--bn-fg);background:var(--bn-bg)}.bn-menu option:disabled{color:#767676}
-'''
+"""
 
-# %% ../../nbs/widgets/01_choices.ipynb #0bfb78f0
-_TABLE_JS = '''
+# %% ../../nbs/widgets/01_choices.ipynb #073b6879
+_TABLE_JS = """
 function render({ model, el }) {
   el.classList.add('bn', 'bn-choose')
   const make = (tag, cls, text) => { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e }
@@ -68,17 +69,19 @@ function render({ model, el }) {
   return () => { names.forEach(n => model.off('change:' + n, draw)); model.off('change:locked', lock) }
 }
 export default { render }
-'''
+"""
 
 
 class RowTable(anywidget.AnyWidget):
     "A table with a button in every row; `on_choose(callback)` hears the row's number."
-    columns = T.List().tag(sync=True)                # (name, explanation, is a number)
-    rows = T.List().tag(sync=True)                   # dicts of cells (texts), current, tip
-    caption = T.Unicode('').tag(sync=True)
-    action = T.Unicode('').tag(sync=True)            # what the button says; '' for none
+
+    columns = T.List().tag(sync=True)  # (name, explanation, is a number)
+    rows = T.List().tag(sync=True)  # dicts of cells (texts), current, tip
+    caption = T.Unicode("").tag(sync=True)
+    action = T.Unicode("").tag(sync=True)  # what the button says; '' for none
     locked = T.Bool(False).tag(sync=True)
     _esm = _TABLE_JS
-    _css = '.bn-choose .bn-table.bn-table td,.bn-choose .bn-table.bn-table th{padding:1px 9px 1px 0;font-size:12.5px}.bn-choose tr.bn-current td{font-weight:600}.bn-choose td .bn-button{padding:0 6px;font-size:12px;line-height:17px;white-space:nowrap}.bn-choose .bn-table td{white-space:nowrap}'
+    _css = ".bn-choose .bn-table.bn-table td,.bn-choose .bn-table.bn-table th{padding:1px 9px 1px 0;font-size:12.5px}.bn-choose tr.bn-current td{font-weight:600}.bn-choose td .bn-button{padding:0 6px;font-size:12px;line-height:17px;white-space:nowrap}.bn-choose .bn-table td{white-space:nowrap}"
 
-    def on_choose(self, callback): self.on_msg(lambda _, message, __: callback(int(message['chosen'])))
+    def on_choose(self, callback):
+        self.on_msg(lambda _, message, __: callback(int(message["chosen"])))

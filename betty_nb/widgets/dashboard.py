@@ -19,8 +19,8 @@ from .live import LevelGraph
 from .panels import CurvesPanel, HypergradientPanel, MethodsPanel, SetsPanel, button, page, put
 from .work import Painter, Worker
 
-# %% ../../nbs/widgets/04_dashboard.ipynb #19b842d8
-_CSS = '''<style>
+# %% ../../nbs/widgets/04_dashboard.ipynb #4880c3b3
+_CSS = """<style>
 .bn-dashboard{border:1px solid var(--jp-border-color1,#ccc);padding:4px 8px 6px;box-sizing:border-box;overflow:hidden}
 .bn-dashboard .jupyter-button{height:28px;line-height:26px;padding:0 9px;font-size:13px;color:var(--bn-fg);background:var(--bn-soft);border:1px solid var(--bn-line)}
 .bn-dashboard .jupyter-button:hover:enabled{border-color:var(--bn-fg);box-shadow:none}
@@ -31,29 +31,37 @@ _CSS = '''<style>
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-mod-current{font-weight:700}
 .bn-dashboard .jupyter-widget-tab>.widget-tab-contents{padding:6px 8px;border-color:var(--bn-line)}
 .bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-figure{width:100%;height:auto;max-height:400px}.bn-dashboard .bn-plot,.bn-dashboard .bn-plot .bn-figure{width:500px;max-width:100%}
-</style>'''
+</style>"""
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #26fdfb21
 class Dashboard(W.VBox):
     "The dashboard of a `Debugger`; `error` holds the last failure as one sentence, or None."
 
     def __init__(self, debugger, selected=None):
-        self.debugger, self.error, self.busy, self._closed = debugger, None, '', False
+        self.debugger, self.error, self.busy, self._closed = debugger, None, "", False
         self._unasked, self._waiting, self._viewed, self._facts_of = False, None, False, None
-        state = debugger.state; names = [l.name for l in state.levels]
+        state = debugger.state
+        names = [l.name for l in state.levels]
         self._gate, self._paint_lock = threading.Lock(), threading.Lock()
-        self._worker = Worker(prepare=torch.get_num_threads)     # reading it on a new thread lets torch use the same count there
+        self._worker = Worker(prepare=torch.get_num_threads)  # reading it on a new thread lets torch use the same count there
         self._painter = Painter(self.refresh, lambda: debugger.running)
-        self.graph = LevelGraph(state, selected or default_level(state), height=340); self.graph.add_class('bn-levels')
-        self.graph.observe(lambda _: self._painter.ask(), 'selected')
+        self.graph = LevelGraph(state, selected or default_level(state), height=340)
+        self.graph.add_class("bn-levels")
+        self.graph.observe(lambda _: self._painter.ask(), "selected")
         self._controls(names, state)
-        self.curves, self.hypergradient, self.sets, self.methods = CurvesPanel(self), HypergradientPanel(self), SetsPanel(self), MethodsPanel(self)
+        self.curves, self.hypergradient, self.sets, self.methods = (
+            CurvesPanel(self),
+            HypergradientPanel(self),
+            SetsPanel(self),
+            MethodsPanel(self),
+        )
         self.panels = (self.curves, self.hypergradient, self.sets, self.methods)
-        self.tabs = W.Tab(self.panels, titles=[p.title for p in self.panels], layout=W.Layout(flex='1 1 0', min_width='0', height='508px'))
-        self.tabs.observe(lambda _: self._painter.ask(), 'selected_index')
-        left = W.VBox([self.graph, self.facts], layout=W.Layout(flex='0 0 306px', width='306px'))
-        super().__init__([self.top, self.line, self.trouble, W.HBox([left, self.tabs], layout=W.Layout(align_items='stretch'))])
-        for name in ('bn', 'bn-dashboard'): self.add_class(name)
+        self.tabs = W.Tab(self.panels, titles=[p.title for p in self.panels], layout=W.Layout(flex="1 1 0", min_width="0", height="508px"))
+        self.tabs.observe(lambda _: self._painter.ask(), "selected_index")
+        left = W.VBox([self.graph, self.facts], layout=W.Layout(flex="0 0 306px", width="306px"))
+        super().__init__([self.top, self.line, self.trouble, W.HBox([left, self.tabs], layout=W.Layout(align_items="stretch"))])
+        for name in ("bn", "bn-dashboard"):
+            self.add_class(name)
         self._unsubscribe = debugger.subscribe(self._painter.ask)
         self.refresh()
 
@@ -64,45 +72,73 @@ class Dashboard(W.VBox):
 
     def _controls(self, names, state):
         d = self.debugger
-        self.run = button('run', 'play', 'Run until paused, or until the last iteration', lambda: self.do('starting', d.run), 'bn-run')
-        self.pause = button('pause', 'pause', 'Stop after the present action (a run, or going on until a level)', self._pause, 'bn-pause')
-        self.step = button('step', 'step-forward', 'Do the next action', lambda: self.do('stepping', d.step), 'bn-step')
-        self.step_level = button('step level', 'level-down', 'One step of the selected level only, outside the schedule', lambda: self.do(f'stepping {self.selected}', d.step_level, self.selected), 'bn-step-level')
-        self.until = button('until', 'fast-forward', 'Go on until the next update of this level is due, and stop just before it', lambda: self.do(f'going on until {self.target.value}', d.until, self.target.value), 'bn-until')
-        self.target = W.Dropdown(options=names, value=default_level(state), tooltip='The level whose next update to go on to', layout=W.Layout(width='120px'))
-        self.back = button('back', 'undo', 'Take back the last step, exactly', lambda: self.do('going back', d.back), 'bn-back')
+        self.run = button("run", "play", "Run until paused, or until the last iteration", lambda: self.do("starting", d.run), "bn-run")
+        self.pause = button("pause", "pause", "Stop after the present action (a run, or going on until a level)", self._pause, "bn-pause")
+        self.step = button("step", "step-forward", "Do the next action", lambda: self.do("stepping", d.step), "bn-step")
+        self.step_level = button(
+            "step level",
+            "level-down",
+            "One step of the selected level only, outside the schedule",
+            lambda: self.do(f"stepping {self.selected}", d.step_level, self.selected),
+            "bn-step-level",
+        )
+        self.until = button(
+            "until",
+            "fast-forward",
+            "Go on until the next update of this level is due, and stop just before it",
+            lambda: self.do(f"going on until {self.target.value}", d.until, self.target.value),
+            "bn-until",
+        )
+        self.target = W.Dropdown(
+            options=names, value=default_level(state), tooltip="The level whose next update to go on to", layout=W.Layout(width="120px")
+        )
+        self.back = button("back", "undo", "Take back the last step, exactly", lambda: self.do("going back", d.back), "bn-back")
         self.actions = (self.run, self.step, self.step_level, self.until, self.target, self.back)
-        self.top = W.HBox([self.run, self.pause, self.step, self.step_level, self.until, self.target, self.back], layout=W.Layout(flex_flow='row wrap', align_items='center'))
-        self.line, self.trouble, self.facts = page(mark='bn-status'), page(mark='bn-error'), page(mark='bn-level-facts')
-        self.top.children = (W.HTML(_CSS, layout=W.Layout(display='none')), *self.top.children)
+        self.top = W.HBox(
+            [self.run, self.pause, self.step, self.step_level, self.until, self.target, self.back],
+            layout=W.Layout(flex_flow="row wrap", align_items="center"),
+        )
+        self.line, self.trouble, self.facts = page(mark="bn-status"), page(mark="bn-error"), page(mark="bn-level-facts")
+        self.top.children = (W.HTML(_CSS, layout=W.Layout(display="none")), *self.top.children)
 
     # --- acting: handlers end here
 
     def do(self, doing, call, *args, unasked=False):
         "Call the debugger on the worker's thread unless something is being done; what goes wrong becomes one red sentence."
         with self._gate:
-            if self._closed or self._waiting or (self.busy and (unasked or not self._unasked)): return False
-            if self.busy: self._waiting = (doing, call, args); return True       # a click does not get lost behind a look that nobody asked for
+            if self._closed or self._waiting or (self.busy and (unasked or not self._unasked)):
+                return False
+            if self.busy:
+                self._waiting = (doing, call, args)
+                return True  # a click does not get lost behind a look that nobody asked for
             self.busy, self._unasked = doing, unasked
-        self._painter.ask(after=0.15)                # short work must not make the controls blink, nor take the keyboard focus from them
+        self._painter.ask(after=0.15)  # short work must not make the controls blink, nor take the keyboard focus from them
         self._worker.submit(lambda: self._work(call, args))
         return True
 
     def _work(self, call, args):
-        try: call(*args); self.error = None
-        except Exception as e: self.error = sentence(e)
-        with self._gate: self.busy, then, self._waiting = '', self._waiting, None
-        if then: self.do(then[0], then[1], *then[2])
+        try:
+            call(*args)
+            self.error = None
+        except Exception as e:
+            self.error = sentence(e)
+        with self._gate:
+            self.busy, then, self._waiting = "", self._waiting, None
+        if then:
+            self.do(then[0], then[1], *then[2])
         self._painter.ask()
 
     def _pause(self):
-        try: self.debugger.pause()
-        except Exception as e: self.error = sentence(e)
+        try:
+            self.debugger.pause(wait=False)
+        except Exception as e:
+            self.error = sentence(e)
         self._painter.ask()
 
-    def idle(self, timeout=10.):
+    def idle(self, timeout=10.0):
         "Wait until nothing is being done; true if that was within the time."
-        done = threading.Event(); self._worker.submit(done.set)
+        done = threading.Event()
+        self._worker.submit(done.set)
         return done.wait(timeout)
 
     # --- showing
@@ -110,53 +146,74 @@ class Dashboard(W.VBox):
     def refresh(self):
         "Show the present state; cheap while the program runs."
         with self._paint_lock:
-            if self._closed: return
-            try: self._show(self.debugger.state)
-            except Exception as e: put(self.trouble, value=f'<p class="bn-bad" role="alert">The dashboard could not be refreshed: {escape(sentence(e))}</p>')
+            if self._closed:
+                return
+            try:
+                self._show(self.debugger.state)
+            except Exception as e:
+                put(self.trouble, value=f'<p class="bn-bad" role="alert">The dashboard could not be refreshed: {escape(sentence(e))}</p>')
 
     def _show(self, state):
         self._viewed = self._viewed or (self._view_count or 0) > 1
-        if state.running and self._viewed and self._view_count == 1: return       # its views were removed: nobody is looking
+        if state.running and self._viewed and self._view_count == 1:
+            return  # its views were removed: nobody is looking
         self.graph.update(state)
-        busy, busy_by_click = f' · {self.busy} …' if self.busy else '', bool(self.busy) and not self._unasked
+        busy, busy_by_click = f" · {self.busy} …" if self.busy else "", bool(self.busy) and not self._unasked
         put(self.line, value=f'<p role="status"><b>{escape(status_text(state))}</b>{escape(busy)}</p>')
         trouble = self.error or state.error
-        put(self.trouble, value=f'<p class="bn-bad" role="alert">{escape(trouble)}</p>' if trouble else '')
-        for w in self.actions: put(w, disabled=state.running or busy_by_click)
-        put(self.pause, disabled=not (state.running or busy_by_click)); put(self.back, disabled=state.running or busy_by_click or not state.can_back)
-        if not state.running: put(self.step, tooltip=f'Do the next action: {state.next}')
-        put(self.step_level, description=f'step {self.selected}', tooltip=f'One step of {self.selected} only, outside the schedule')
-        if not state.running or self._facts_of != (self.selected, int(time.monotonic())):     # once a second is enough while running
-            self._facts_of = self.selected, int(time.monotonic()); put(self.facts, value=facts_html(next(l for l in state.levels if l.name == self.selected)))
-        self.methods.lock(busy_by_click); put(self.hypergradient.look, disabled=bool(self.busy))
-        panel = self.panels[self.tabs.selected_index or 0]; panel.paint(state)
+        put(self.trouble, value=f'<p class="bn-bad" role="alert">{escape(trouble)}</p>' if trouble else "")
+        for w in self.actions:
+            put(w, disabled=state.running or busy_by_click)
+        put(self.pause, disabled=not (state.running or busy_by_click))
+        put(self.back, disabled=state.running or busy_by_click or not state.can_back)
+        if not state.running:
+            put(self.step, tooltip=f"Do the next action: {state.next}")
+        put(self.step_level, description=f"step {self.selected}", tooltip=f"One step of {self.selected} only, outside the schedule")
+        if not state.running or self._facts_of != (self.selected, int(time.monotonic())):  # once a second is enough while running
+            self._facts_of = self.selected, int(time.monotonic())
+            put(self.facts, value=facts_html(next(l for l in state.levels if l.name == self.selected)))
+        self.methods.lock(busy_by_click)
+        put(self.hypergradient.look, disabled=bool(self.busy))
+        panel = self.panels[self.tabs.selected_index or 0]
+        panel.paint(state)
 
     def __repr__(self):
-        return f'Dashboard: {self.debugger.state.summary()}' if not self._closed else 'Dashboard (closed)'
+        return f"Dashboard: {self.debugger.state.summary()}" if not self._closed else "Dashboard (closed)"
 
     def _repr_mimebundle_(self, **kwargs):
         "The live view, and beside it a static picture and a line of text for readers without a kernel."
-        if self._closed: return {'text/plain': repr(self)}
-        if self._view_count is None: self._view_count = 1           # from now on the front end adds one for each view and takes it off again
+        if self._closed:
+            return {"text/plain": repr(self)}
+        if self._view_count is None:
+            self._view_count = 1  # from now on the front end adds one for each view and takes it off again
         bundle = super()._repr_mimebundle_(**kwargs) or {}
         data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data['text/plain'] = repr(self)
-        data['text/html'] = str(dashboard_html(self.debugger, self.selected, self.hypergradient.record, self.methods.comparison))
+        data["text/plain"] = repr(self)
+        data["text/html"] = str(dashboard_html(self.debugger, self.selected, self.hypergradient.record, self.methods.comparison))
         return bundle
 
     def close(self):
         "Stop listening, end both threads and remove every widget; the program and its debugger stay as they are."
-        if getattr(self, '_closed', True): return
-        self._unsubscribe(); self._painter.close(); self._worker.close()
-        with self._paint_lock: self._closed = True
-        for widget in (*_inside(self), self): widget.layout.close(); getattr(widget, 'style', widget.layout).close(); W.VBox.close(widget) if widget is self else widget.close()
+        if getattr(self, "_closed", True):
+            return
+        self._unsubscribe()
+        self._painter.close()
+        self._worker.close()
+        with self._paint_lock:
+            self._closed = True
+        for widget in (*_inside(self), self):
+            widget.layout.close()
+            getattr(widget, "style", widget.layout).close()
+            W.VBox.close(widget) if widget is self else widget.close()
 
 
 def sentence(error):
     "An exception as one sentence."
-    text = str(error).strip().split('\n')[0] or type(error).__name__
-    return text if isinstance(error, (ValueError, TypeError, RuntimeError)) else f'{type(error).__name__}: {text}'
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if isinstance(error, (ValueError, TypeError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
 def _inside(widget):
-    for child in getattr(widget, 'children', ()): yield from _inside(child); yield child
+    for child in getattr(widget, "children", ()):
+        yield from _inside(child)
+        yield child

@@ -15,8 +15,8 @@ import traitlets as T
 from ..views.graph import graph_svg
 from ..views.palette import CSS, level_styles
 
-# %% ../../nbs/widgets/00_live.ipynb #e55f8728
-_GRAPH_JS = '''
+# %% ../../nbs/widgets/00_live.ipynb #c0819620
+_GRAPH_JS = """
 function render({ model, el }) {
   el.classList.add('bn', 'bn-live-graph')
   const nodes = () => [...el.querySelectorAll('g.bn-node')], edges = () => [...el.querySelectorAll('g.bn-edge[data-kind]')]
@@ -68,22 +68,26 @@ function render({ model, el }) {
   return () => { model.off('change:picture', draw); model.off('change:selected', mark); model.off('change:next_level', mark); model.off('change:counts', count) }
 }
 export default { render }
-'''
+"""
 
 # %% ../../nbs/widgets/00_live.ipynb #1227d918
 class LevelGraph(anywidget.AnyWidget):
     "The levels as buttons in a graph; `selected` is the one last chosen."
-    picture = T.Unicode('').tag(sync=True)
-    counts = T.Dict().tag(sync=True)                 # level -> steps
-    selected = T.Unicode('').tag(sync=True)
-    next_level = T.Unicode('').tag(sync=True)
+
+    picture = T.Unicode("").tag(sync=True)
+    counts = T.Dict().tag(sync=True)  # level -> steps
+    selected = T.Unicode("").tag(sync=True)
+    next_level = T.Unicode("").tag(sync=True)
     _esm = _GRAPH_JS
-    _css = CSS + '''
+    _css = (
+        CSS
+        + """
 .bn-live-graph{overflow:hidden}.bn-live-graph g.bn-node{cursor:pointer;outline:none}
 .bn-live-graph g.bn-node:hover rect.bn-box{fill:var(--bn-soft)}.bn-live-graph g.bn-node:focus-visible rect.bn-box{fill:var(--bn-soft);stroke-width:4;stroke:var(--bn-focus)}
-'''
+"""
+    )
 
-    def __init__(self, state, selected='', width=300, height=None, **kwargs):
+    def __init__(self, state, selected="", width=300, height=None, **kwargs):
         self._size = width, height
         super().__init__(picture=graph_svg(state, None, width, height), selected=selected, **kwargs)
         self.update(state)
@@ -91,10 +95,11 @@ class LevelGraph(anywidget.AnyWidget):
     def update(self, state):
         "Show these counters and mark the level whose turn is next."
         self.counts = {l.name: l.steps for l in state.levels}
-        if not state.running: self.next_level = state.next_level or ''       # five times a second it would only flicker
+        if not state.running:
+            self.next_level = state.next_level or ""  # five times a second it would only flicker
 
-# %% ../../nbs/widgets/00_live.ipynb #e86152ba
-_CURVES_JS = '''
+# %% ../../nbs/widgets/00_live.ipynb #e28112f6
+_CURVES_JS = """
 const NS = 'http://www.w3.org/2000/svg'
 const svg = (tag, attrs, text) => { const e = document.createElementNS(NS, tag); for (const k in attrs) e.setAttribute(k, attrs[k]); if (text !== undefined) e.textContent = text; return e }
 const html = (tag, cls, text) => { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e }
@@ -187,19 +192,20 @@ function render({ model, el }) {
   return () => { sizes.disconnect(); names.forEach(n => model.off('change:' + n, soon)) }
 }
 export default { render }
-'''
+"""
 
 # %% ../../nbs/widgets/00_live.ipynb #1934a2fc
 class Curves(anywidget.AnyWidget):
     "The loss of each level, drawn in the browser from raw numbers."
-    data = T.Bytes(b'').tag(sync=True)               # float32: the steps then the losses of the first level, then of the second, ...
-    series = T.List().tag(sync=True)                 # name, colour, dash and number of points of each level
-    scale = T.Enum(['auto', 'log', 'linear'], 'auto').tag(sync=True)
-    selected = T.Unicode('').tag(sync=True)
-    height = T.Int(330).tag(sync=True)               # of the whole, in pixels
-    empty = T.Unicode('No losses yet: press step or run.').tag(sync=True)
+
+    data = T.Bytes(b"").tag(sync=True)  # float32: the steps then the losses of the first level, then of the second, ...
+    series = T.List().tag(sync=True)  # name, colour, dash and number of points of each level
+    scale = T.Enum(["auto", "log", "linear"], "auto").tag(sync=True)
+    selected = T.Unicode("").tag(sync=True)
+    height = T.Int(330).tag(sync=True)  # of the whole, in pixels
+    empty = T.Unicode("No losses yet: press step or run.").tag(sync=True)
     _esm = _CURVES_JS
-    _css = '''
+    _css = """
 .bn-curves{width:100%}.bn-curves .bn-bar{display:flex;gap:8px;align-items:flex-start;justify-content:space-between;min-height:26px}
 .bn-curves .bn-legend{display:flex;flex-wrap:wrap;gap:0 16px;flex:1}.bn-curves .bn-legend.bn-many{display:grid;grid-template-columns:repeat(auto-fill,minmax(185px,1fr));gap:0 4px}.bn-curves .bn-item{display:inline-flex;align-items:center;gap:5px;font-size:13px;white-space:nowrap}
 .bn-curves .bn-item line{stroke-width:2.5}.bn-curves .bn-now{font-variant-numeric:tabular-nums;min-width:4.5em}.bn-curves .bn-chosen .bn-who{font-weight:700}
@@ -209,12 +215,15 @@ class Curves(anywidget.AnyWidget):
 .bn .bn-button[aria-pressed=true]{background:var(--bn-fg);color:var(--bn-bg)}.bn .bn-button:disabled{opacity:.5;cursor:default}.bn .bn-button:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}
 .bn-curves .bn-grid{stroke:var(--bn-line);stroke-width:1}.bn-curves .bn-axis{stroke:var(--bn-fg);fill:none;stroke-width:1.2}
 .bn-curves path.bn-curve{fill:none;stroke-width:2;stroke-linejoin:round}.bn-curves path.bn-curve.bn-chosen{stroke-width:3.4}
-'''
+"""
 
-    def update(self, curves):                        # {level: (steps, losses)}, in the order of the program
+    def update(self, curves):  # {level: (steps, losses)}, in the order of the program
         "Show these losses."
-        styles, data, series = level_styles(curves), array('f'), []
+        styles, data, series = level_styles(curves), array("f"), []
         for name, (xs, ys) in curves.items():
-            data.extend(xs); data.extend(math.nan if y is None else y for y in ys)
+            data.extend(xs)
+            data.extend(math.nan if y is None else y for y in ys)
             series.append(dict(name=name, colour=styles[name].css, dash=styles[name].css_dash, n=len(xs)))
-        with self.hold_sync(): self.series = series; self.data = data.tobytes()
+        with self.hold_sync():
+            self.series = series
+            self.data = data.tobytes()

@@ -14,34 +14,40 @@ from ..views.tables import COMPARISON_COLUMNS, comparison_rows, number, percent,
 from .choices import Menu, RowTable
 from .live import Curves
 
-# %% ../../nbs/widgets/03_panels.ipynb #099b122a
+# %% ../../nbs/widgets/03_panels.ipynb #008339cc
 def button(
     text,
-    icon,               # a Font Awesome name
+    icon,  # a Font Awesome name
     tooltip,
-    action,             # called without arguments
-    mark,               # a CSS class, also a handle for tests
+    action,  # called without arguments
+    mark,  # a CSS class, also a handle for tests
 ):
     "A button that names what it does."
-    b = W.Button(description=text, icon=icon, tooltip=tooltip, layout=W.Layout(width='auto', flex='0 0 auto')); b.add_class(mark); b.on_click(lambda _: action())
+    b = W.Button(description=text, icon=icon, tooltip=tooltip, layout=W.Layout(width="auto", flex="0 0 auto"))
+    b.add_class(mark)
+    b.on_click(lambda _: action())
     return b
 
 
-def page(value='', mark='bn-page'):
+def page(value="", mark="bn-page"):
     "A piece of HTML in the dashboard's style."
-    h = W.HTML(value, layout=W.Layout(margin='0', width='auto')); h.add_class('bn'); h.add_class(mark)
+    h = W.HTML(value, layout=W.Layout(margin="0", width="auto"))
+    h.add_class("bn")
+    h.add_class(mark)
     return h
 
 
 def put(widget, **traits):
     "Set only what differs: each change is a message."
     for name, value in traits.items():
-        if getattr(widget, name) != value: setattr(widget, name, value)
+        if getattr(widget, name) != value:
+            setattr(widget, name, value)
 
 # %% ../../nbs/widgets/03_panels.ipynb #037c7bed
 class CurvesPanel(W.VBox):
     "The losses so far, moving while the program runs."
-    title = 'Curves'
+
+    title = "Curves"
 
     def __init__(self, dashboard):
         self.dashboard, self.seen = dashboard, None
@@ -50,17 +56,19 @@ class CurvesPanel(W.VBox):
 
     def paint(self, state):
         if self.seen != state.index:
-            self.plot.update({l.name: self.dashboard.debugger.history(l.name) for l in state.levels}); self.seen = state.index
+            self.plot.update({l.name: self.dashboard.debugger.history(l.name) for l in state.levels})
+            self.seen = state.index
             put(self.plot, empty=f'No losses yet. Next: {state.next}.\nPress "step" to do just that, or "run".')
         put(self.plot, selected=self.dashboard.selected)
 
 
 class SetsPanel(W.VBox):
     "U and L of the selected level."
-    title = 'Sets'
+
+    title = "Sets"
 
     def __init__(self, dashboard):
-        self.dashboard, self.page, self.seen = dashboard, page(mark='bn-sets'), None
+        self.dashboard, self.page, self.seen = dashboard, page(mark="bn-sets"), None
         super().__init__([self.page])
 
     def paint(self, state):
@@ -71,90 +79,171 @@ class SetsPanel(W.VBox):
 # %% ../../nbs/widgets/03_panels.ipynb #43b611ad
 class HypergradientPanel(W.VBox):
     "Size, origin and error of the hypergradient of the selected level."
-    title = 'Hypergradient'
-    quick = 400         # ms: a hypergradient that took less is taken again after each step
+
+    title = "Hypergradient"
+    quick = 400  # ms: a hypergradient that took less is taken again after each step
 
     def __init__(self, dashboard):
         self.dashboard, self.record, self.asked = dashboard, None, None
-        self.look = button('look now', 'search', 'Take the hypergradient on the present state and batch; nothing is changed by it', self.take, 'bn-look')
-        self.against = W.Checkbox(value=True, description='against the exact reference', indent=False, tooltip='Also solve exactly, where the size allows it, and state the error', layout=W.Layout(width='auto', margin='2px 0 0 8px'))
-        self.against.add_class('bn-against'); self.against.observe(lambda _: self.take(), 'value')
-        self.said, self.figure = page(mark='bn-said'), page(mark='bn-hypergradient')
+        self.look = button(
+            "look now", "search", "Take the hypergradient on the present state and batch; nothing is changed by it", self.take, "bn-look"
+        )
+        self.against = W.Checkbox(
+            value=True,
+            description="against the exact reference",
+            indent=False,
+            tooltip="Also solve exactly, where the size allows it, and state the error",
+            layout=W.Layout(width="auto", margin="2px 0 0 8px"),
+        )
+        self.against.add_class("bn-against")
+        self.against.observe(lambda _: self.take(), "value")
+        self.said, self.figure = page(mark="bn-said"), page(mark="bn-hypergradient")
         super().__init__([W.HBox([self.look, self.against]), self.said, self.figure])
 
     def level(self, state):
         "The selected level if it has lower levels, else the next one above it that has."
-        by = {l.name: l for l in state.levels}; chosen = by[self.dashboard.selected]
-        return chosen.name if chosen.lower else next((u for u in chosen.upper if by[u].lower), next((l.name for l in state.levels if l.lower), None))
+        by = {l.name: l for l in state.levels}
+        chosen = by[self.dashboard.selected]
+        return (
+            chosen.name
+            if chosen.lower
+            else next((u for u in chosen.upper if by[u].lower), next((l.name for l in state.levels if l.lower), None))
+        )
 
-    def take(self): self.dashboard.do('taking the hypergradient', self.fetch)
-    def take_unasked(self): self.dashboard.do('taking the hypergradient', self.fetch, unasked=True)
+    def take(self):
+        self.dashboard.do("taking the hypergradient", self.fetch)
+
+    def take_unasked(self):
+        self.dashboard.do("taking the hypergradient", self.fetch, unasked=True)
 
     def fetch(self):
         "Take it and draw it (on the worker's thread)."
-        state = self.dashboard.debugger.state; level = self.level(state)
-        if level is None: put(self.said, value='<p>No level has a lower level, so there is no hypergradient to look at.</p>'); return
-        self.record = self.dashboard.debugger.hypergradient(level, reference=self.against.value); self.draw(state)
+        state = self.dashboard.debugger.state
+        level = self.level(state)
+        if level is None:
+            put(self.said, value="<p>No level has a lower level, so there is no hypergradient to look at.</p>")
+            return
+        self.record = self.dashboard.debugger.hypergradient(level, reference=self.against.value)
+        self.draw(state)
 
     def draw(self, state):
         from betty_nb.views.figures import figure_svg, hypergradient_figure
+
         r = self.record
         picture = figure_svg(hypergradient_figure(r, [l.name for l in state.levels], size=(5.35, 4.1)), r.summary())
-        advice = ' '.join(f'{s.level}: {s.advice}' for s in r.solves if s.advice)
-        judged = f' · against {r.reference}: <b>{escape(r.verdict)}</b> (error {percent(r.error)}, cosine {number(r.cosine)})' if r.error is not None else f' · {escape(r.verdict)}'
-        put(self.said, value=f'<p title="{escape(r.summary())} {escape(advice)}">Hypergradient of <b>{escape(r.level)}</b>, norm {number(r.total)}{judged}</p>'); put(self.figure, value=picture)
+        advice = " ".join(f"{s.level}: {s.advice}" for s in r.solves if s.advice)
+        judged = (
+            f" · against {r.reference}: <b>{escape(r.verdict)}</b> (error {percent(r.error)}, cosine {number(r.cosine)})"
+            if r.error is not None
+            else f" · {escape(r.verdict)}"
+        )
+        put(
+            self.said,
+            value=f'<p title="{escape(r.summary())} {escape(advice)}">Hypergradient of <b>{escape(r.level)}</b>, norm {number(r.total)}{judged}</p>',
+        )
+        put(self.figure, value=picture)
 
     def paint(self, state):
         want = state.index, self.level(state)
-        if state.running or self.dashboard.busy or want == self.asked: return
+        if state.running or self.dashboard.busy or want == self.asked:
+            return
         fresh = self.record is None or self.record.level != want[1]
-        if fresh or self.record.ms < self.quick: self.asked = want; self.take_unasked()
+        if fresh or self.record.ms < self.quick:
+            self.asked = want
+            self.take_unasked()
 
-# %% ../../nbs/widgets/03_panels.ipynb #94bf8203
+# %% ../../nbs/widgets/03_panels.ipynb #812c168d
 def control(
-    option,             # a MethodOption
+    option,  # a MethodOption
 ):
     "A control for an option, and a function that reads it."
-    text = dict(description=option.name, tooltip=f'{option.doc} (default: {option.default})', style={'description_width': 'initial'})
-    small = W.Layout(width='158px')
-    if option.type == 'bool': w = W.Checkbox(value=bool(option.value), indent=False, layout=small, **text)
-    elif option.type == 'int' and option.value is not None: w = W.BoundedIntText(value=option.value, min=int(option.minimum or 0), max=2**31 - 1, layout=small, **text)
-    elif option.type in ('int', 'float', 'optional-float') : w = W.Text(value='' if option.value is None else f'{option.value:g}', placeholder='none', layout=small, continuous_update=False, **text)
-    else: w = W.Text(value='' if option.value is None else str(option.value), layout=small, continuous_update=False, **text)
-    w.add_class(f'bn-option-{option.name}')
+    text = dict(description=option.name, tooltip=f"{option.doc} (default: {option.default})", style={"description_width": "initial"})
+    small = W.Layout(width="158px")
+    if option.type == "bool":
+        w = W.Checkbox(value=bool(option.value), indent=False, layout=small, **text)
+    elif option.type == "int" and option.value is not None:
+        w = W.BoundedIntText(value=option.value, min=int(option.minimum or 0), max=2**31 - 1, layout=small, **text)
+    elif option.type in ("int", "float", "optional-float"):
+        w = W.Text(
+            value="" if option.value is None else f"{option.value:g}", placeholder="none", layout=small, continuous_update=False, **text
+        )
+    else:
+        w = W.Text(value="" if option.value is None else str(option.value), layout=small, continuous_update=False, **text)
+    w.add_class(f"bn-option-{option.name}")
     return w, lambda: read(option, w.value)
 
 
 def read(option, value):
     "The value of a control as the method wants it."
-    if option.type not in ('int', 'float', 'optional-float') or not isinstance(value, str): return value
+    if option.type not in ("int", "float", "optional-float") or not isinstance(value, str):
+        return value
     if not value.strip():
-        if option.default is None or option.type == 'optional-float': return None
-        raise ValueError(f'{option.name} is empty; write a number, for example {option.default}.')
-    try: return int(value) if option.type == 'int' else float(value)
-    except ValueError: raise ValueError(f'{option.name} must be a number{" or empty" if option.type == "optional-float" else ""}, not {value!r}.') from None
+        if option.default is None or option.type == "optional-float":
+            return None
+        raise ValueError(f"{option.name} is empty; write a number, for example {option.default}.")
+    try:
+        return int(value) if option.type == "int" else float(value)
+    except ValueError:
+        raise ValueError(
+            f"{option.name} must be a number{' or empty' if option.type == 'optional-float' else ''}, not {value!r}."
+        ) from None
 
 # %% ../../nbs/widgets/03_panels.ipynb #8587d68b
 class MethodsPanel(W.VBox):
     "The method of a level: choose, set its options, swap it in, compare all of them on this state."
-    title = 'Methods'
+
+    title = "Methods"
 
     def __init__(self, dashboard):
         self.dashboard, self.comparison, self.seen, self.reads, self.infos = dashboard, None, None, {}, ()
         names = [l.name for l in dashboard.debugger.state.levels if l.receives]
-        self.through = Menu(entries=[dict(name=n, label=n, reason='') for n in names], value=names[0] if names else '', label='through', hint='The level whose method is shown; only levels a hypergradient passes through have one')
-        self.menu = Menu(label='method', hint='How the inverse Hessian of this level is approximated')
-        self.doc, self.options, self.said, self.plot = page(mark='bn-doc'), W.Box(layout=W.Layout(flex_flow='row wrap')), page(mark='bn-said'), page(mark='bn-plot')
-        self.swap_in = button('swap in', 'exchange', 'Use this method with these options from the next action on', self.swap, 'bn-swap')
-        self.compare = button('compare on this state', 'balance-scale', 'Take the hypergradient with every method on the present state and batch; nothing is changed by it', self.compare_all, 'bn-compare')
-        self.table = RowTable(columns=[[c, '', False] if isinstance(c, str) else [*c, True] for c in COMPARISON_COLUMNS[:-1]], action='use this one'); self.table.add_class('bn-comparison'); self.table.on_choose(self.use)
-        self.through.observe(lambda _: self.show_menu(), 'value'); self.menu.observe(lambda _: self.show_options(), 'value')
-        results = W.Box([self.table, self.plot], layout=W.Layout(flex_flow='row wrap', align_items='flex-start'))
-        super().__init__([W.HBox([self.through, self.menu, self.swap_in], layout=W.Layout(flex_flow='row wrap', align_items='center')), self.doc, self.options, W.HBox([self.compare, self.said], layout=W.Layout(align_items='center')), results])
+        self.through = Menu(
+            entries=[dict(name=n, label=n, reason="") for n in names],
+            value=names[0] if names else "",
+            label="through",
+            hint="The level whose method is shown; only levels a hypergradient passes through have one",
+        )
+        self.menu = Menu(label="method", hint="How the inverse Hessian of this level is approximated")
+        self.doc, self.options, self.said, self.plot = (
+            page(mark="bn-doc"),
+            W.Box(layout=W.Layout(flex_flow="row wrap")),
+            page(mark="bn-said"),
+            page(mark="bn-plot"),
+        )
+        self.swap_in = button("swap in", "exchange", "Use this method with these options from the next action on", self.swap, "bn-swap")
+        self.compare = button(
+            "compare on this state",
+            "balance-scale",
+            "Take the hypergradient with every method on the present state and batch; nothing is changed by it",
+            self.compare_all,
+            "bn-compare",
+        )
+        self.table = RowTable(
+            columns=[[c, "", False] if isinstance(c, str) else [*c, True] for c in COMPARISON_COLUMNS[:-1]], action="use this one"
+        )
+        self.table.add_class("bn-comparison")
+        self.table.on_choose(self.use)
+        self.through.observe(lambda _: self.show_menu(), "value")
+        self.menu.observe(lambda _: self.show_options(), "value")
+        results = W.Box([self.table, self.plot], layout=W.Layout(flex_flow="row wrap", align_items="flex-start"))
+        super().__init__(
+            [
+                W.HBox([self.through, self.menu, self.swap_in], layout=W.Layout(flex_flow="row wrap", align_items="center")),
+                self.doc,
+                self.options,
+                W.HBox([self.compare, self.said], layout=W.Layout(align_items="center")),
+                results,
+            ]
+        )
 
-    def swap(self): self.dashboard.do('swapping the method', self.swap_chosen)
-    def compare_all(self): self.dashboard.do('comparing the methods', self.fetch)
-    def use(self, row): self.dashboard.do('swapping the method', self.swap_row, row)
+    def swap(self):
+        self.dashboard.do("swapping the method", self.swap_chosen)
+
+    def compare_all(self):
+        self.dashboard.do("comparing the methods", self.fetch)
+
+    def use(self, row):
+        self.dashboard.do("swapping the method", self.swap_row, row)
 
     def swap_chosen(self):
         "Swap in what the controls say (on the worker's thread)."
@@ -164,55 +253,106 @@ class MethodsPanel(W.VBox):
         "Swap in a row of the comparison, on every level it was compared through."
         row = self.comparison.rows[number]
         swapped = [self.dashboard.debugger.swap(level, row.method, **row.options) for level in self.comparison.through]
-        self.say(swapped[0].summary() if len(swapped) == 1 else f'{", ".join(s.level for s in swapped)}: {swapped[0].after}, from the next action on.')
+        self.say(
+            swapped[0].summary()
+            if len(swapped) == 1
+            else f"{', '.join(s.level for s in swapped)}: {swapped[0].after}, from the next action on."
+        )
 
-    def say(self, text): put(self.said, value=f'<p role="status" title="{escape(text)}">{escape(text if len(text) < 90 else text[:88] + "…")}</p>'); self.seen = None; self.mark_current()
+    def say(self, text):
+        put(self.said, value=f'<p role="status" title="{escape(text)}">{escape(text if len(text) < 90 else text[:88] + "…")}</p>')
+        self.seen = None
+        self.mark_current()
 
     def fetch(self):
         "Compare and draw (on the worker's thread)."
         from betty_nb.views.figures import comparison_figure, figure_svg
-        state = self.dashboard.debugger.state; level = self.dashboard.hypergradient.level(state)
+
+        state = self.dashboard.debugger.state
+        level = self.dashboard.hypergradient.level(state)
         self.comparison = self.dashboard.debugger.compare(level)
-        put(self.plot, value=figure_svg(comparison_figure(self.comparison, size=(5.2, 2.05)), f'error against cost, hypergradient of {level}'))
-        put(self.said, value=f'<p title="{escape(self.comparison.summary())}">hypergradient of {escape(level)}, step {self.comparison.step:,}</p>'); self.show_rows(); self.seen = None
+        put(
+            self.plot,
+            value=figure_svg(comparison_figure(self.comparison, size=(5.2, 2.05)), f"error against cost, hypergradient of {level}"),
+        )
+        put(
+            self.said,
+            value=f'<p title="{escape(self.comparison.summary())}">hypergradient of {escape(level)}, step {self.comparison.step:,}</p>',
+        )
+        self.show_rows()
+        self.seen = None
 
     def show_rows(self, current=None):
         cells = list(comparison_rows(self.comparison))
-        rows = [dict(cells=['–' if c is None else str(c) for c in (name, *row[1:-1])], current=r.current if current is None else r.label == current, tip=f'{r.label}: {row[-1]}') for r, row, name in zip(self.comparison.rows, cells, short_labels(self.comparison))]
+        rows = [
+            dict(
+                cells=["–" if c is None else str(c) for c in (name, *row[1:-1])],
+                current=r.current if current is None else r.label == current,
+                tip=f"{r.label}: {row[-1]}",
+            )
+            for r, row, name in zip(self.comparison.rows, cells, short_labels(self.comparison))
+        ]
         put(self.table, rows=rows)
 
     def mark_current(self):
         "After a swap: mark the row now in use, if the comparison has it."
-        if self.comparison is None: return
+        if self.comparison is None:
+            return
         infos = {l: next((m for m in self.dashboard.debugger.methods(l) if m.current), None) for l in self.comparison.through}
-        same = lambda r: all(m is not None and m.name == r.method and all(r.options.get(o.name, o.default) == o.value for o in m.options) for m in infos.values())
-        self.show_rows(next((r.label for r in self.comparison.rows if same(r)), ''))
+        same = lambda r: all(
+            m is not None and m.name == r.method and all(r.options.get(o.name, o.default) == o.value for o in m.options)
+            for m in infos.values()
+        )
+        self.show_rows(next((r.label for r in self.comparison.rows if same(r)), ""))
 
     def paint(self, state):
         receives = [l.name for l in state.levels if l.receives]
-        if not receives: put(self.said, value='<p>No hypergradient passes through any level, so there is no method to choose.</p>'); return
+        if not receives:
+            put(self.said, value="<p>No hypergradient passes through any level, so there is no method to choose.</p>")
+            return
         key = self.dashboard.selected, tuple(l.method for l in state.levels)
-        if key == self.seen: return
-        if (self.seen is None or self.seen[0] != key[0]) and self.dashboard.selected in receives and self.comparison is None: put(self.through, value=self.dashboard.selected)
-        self.seen = key; self.show_menu()
+        if key == self.seen:
+            return
+        if (self.seen is None or self.seen[0] != key[0]) and self.dashboard.selected in receives and self.comparison is None:
+            put(self.through, value=self.dashboard.selected)
+        self.seen = key
+        self.show_menu()
 
     def show_menu(self):
         self.infos = self.dashboard.debugger.methods(self.through.value)
-        now = next((m.name for m in self.infos if m.current), next((m.name for m in self.infos if m.valid), ''))
-        put(self.menu, entries=[dict(name=m.name, label=m.name + (' (in use)' if m.current else ''), reason='' if m.valid else m.reason) for m in self.infos])
-        if self.menu.value != now: self.menu.value = now
-        else: self.show_options()
+        now = next((m.name for m in self.infos if m.current), next((m.name for m in self.infos if m.valid), ""))
+        put(
+            self.menu,
+            entries=[
+                dict(name=m.name, label=m.name + (" (in use)" if m.current else ""), reason="" if m.valid else m.reason) for m in self.infos
+            ],
+        )
+        if self.menu.value != now:
+            self.menu.value = now
+        else:
+            self.show_options()
 
     def show_options(self):
         info = next((m for m in self.infos if m.name == self.menu.value), None)
-        if info is None: return
-        old = self.options.children; made = {o.name: control(o) for o in info.options}
-        self.reads = {n: f for n, (_, f) in made.items()}; self.options.children = tuple(w for w, _ in made.values())
-        for w in old: w.layout.close(); w.style.close(); w.close()
-        barred = [f'{m.name}: {m.reason}' for m in self.infos if not m.valid]
-        not_here = f' <span title="{escape("; ".join(barred))}">Not here: {escape(", ".join(m.name for m in self.infos if not m.valid))}.</span>' if barred else ''
-        put(self.doc, value=f'<p>{escape(info.doc.strip().rstrip("."))}.{not_here}</p>')
+        if info is None:
+            return
+        old = self.options.children
+        made = {o.name: control(o) for o in info.options}
+        self.reads = {n: f for n, (_, f) in made.items()}
+        self.options.children = tuple(w for w, _ in made.values())
+        for w in old:
+            w.layout.close()
+            w.style.close()
+            w.close()
+        barred = [f"{m.name}: {m.reason}" for m in self.infos if not m.valid]
+        not_here = (
+            f' <span title="{escape("; ".join(barred))}">Not here: {escape(", ".join(m.name for m in self.infos if not m.valid))}.</span>'
+            if barred
+            else ""
+        )
+        put(self.doc, value=f"<p>{escape(info.doc.strip().rstrip('.'))}.{not_here}</p>")
 
     def lock(self, locked):
-        for w in (self.swap_in, self.compare): put(w, disabled=locked or not self.through.value)
+        for w in (self.swap_in, self.compare):
+            put(w, disabled=locked or not self.through.value)
         put(self.table, locked=locked)

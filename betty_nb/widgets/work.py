@@ -14,23 +14,29 @@ import time
 class Worker:
     "A thread that does one task after the other."
 
-    def __init__(self, name='betty_nb worker', prepare=None):
+    def __init__(self, name="betty_nb worker", prepare=None):
         self._tasks, self._name, self._prepare, self._thread, self._lock = queue.SimpleQueue(), name, prepare, None, threading.Lock()
 
     def submit(self, task):
         "Do this when all earlier tasks are done; the thread starts with the first task."
         with self._lock:
             self._tasks.put(task)
-            if self._thread is None: self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True); self._thread.start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+                self._thread.start()
 
     def close(self):
         "Let the thread end after its present task."
         with self._lock:
-            if self._thread is not None: self._tasks.put(None); self._thread = None
+            if self._thread is not None:
+                self._tasks.put(None)
+                self._thread = None
 
     def _loop(self):
-        if self._prepare: self._prepare()
-        while (task := self._tasks.get()) is not None: task()
+        if self._prepare:
+            self._prepare()
+        while (task := self._tasks.get()) is not None:
+            task()
 
 # %% ../../nbs/widgets/02_work.ipynb #93fdccc8
 class Painter:
@@ -40,28 +46,41 @@ class Painter:
         self._paint, self._moving, self._interval = paint, moving, interval
         self._asked, self._closed, self._thread, self._lock, self._due = threading.Event(), False, None, threading.Lock(), None
 
-    def ask(self, after=0.):
+    def ask(self, after=0.0):
         "Paint soon, or not before so many seconds."
-        if after: self._due = time.monotonic() + after
-        else: self._asked.set()
+        if after:
+            self._due = time.monotonic() + after
+        else:
+            self._asked.set()
         with self._lock:
-            if self._thread is None and not self._closed: self._thread = threading.Thread(target=self._loop, name='betty_nb painter', daemon=True); self._thread.start(); self._asked.set()
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._loop, name="betty_nb painter", daemon=True)
+                self._thread.start()
+                self._asked.set()
 
     def close(self):
         "End the thread; wait for a picture being painted."
-        with self._lock: self._closed, thread = True, self._thread
+        with self._lock:
+            self._closed, thread = True, self._thread
         self._asked.set()
-        if thread is not None and thread is not threading.current_thread(): thread.join(2)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(2)
 
     def _wait(self):
-        if self._due is not None: return max(0.01, self._due - time.monotonic())
+        if self._due is not None:
+            return max(0.01, self._due - time.monotonic())
         return self._interval if self._moving() else None
 
     def _loop(self):
-        last = 0.
+        last = 0.0
         while not self._closed:
             self._asked.wait(self._wait())
-            if self._moving(): time.sleep(max(0., min(self._interval, last + self._interval - time.monotonic())))
-            if self._closed: return
-            if self._due is not None and time.monotonic() >= self._due: self._due = None
-            self._asked.clear(); last = time.monotonic(); self._paint()
+            if self._moving():
+                time.sleep(max(0.0, min(self._interval, last + self._interval - time.monotonic())))
+            if self._closed:
+                return
+            if self._due is not None and time.monotonic() >= self._due:
+                self._due = None
+            self._asked.clear()
+            last = time.monotonic()
+            self._paint()
