@@ -3,7 +3,7 @@ from .configs import Config, EngineConfig
 from .engine import Engine
 from .graph import Graph, GraphError, GraphWarning
 from .hypergradient import CG, Darts, Exact, LinearSolve, Method, Solve, register
-from .problems import ImplicitProblem, Problem
+from .problems import HigherIterativeProblem, ImplicitProblem, IterativeProblem, Problem
 
 __version__ = "0.1.0"
 

@@ -68,6 +68,8 @@ class Config(Options):
 
     type: object = option("darts", "the method that pulls hypergradients back through this level: a name or a Method")
     unroll_steps: int = option(1, "own updates between two calls of the upper levels; `steps` is accepted too", low=1)
+    hessian: str = choice("direct", "of a middle level: 'direct' holds the levels below fixed (Betty's), 'total' follows their answers",
+                          "direct", "total")  # fmt: skip
     first_order: bool = option(True, "accepted for Betty programs; the level's own gradient never keeps a second-order graph")
     retain_graph: bool = option(False, "keep the graph of the level's loss after its gradient was taken")
     allow_unused: bool = option(True, "accept parameters that the loss does not use")
@@ -82,9 +84,9 @@ class Config(Options):
     precision: str = choice("fp32", "arithmetic of the level's loss", "fp32", why=NOT_YET)
     initial_dynamic_scale: float = option(4096.0, "first loss scale of fp16", above=0.0)
     scale_factor: float = option(2.0, "by how much the loss scale of fp16 changes", above=1.0)
-    darts_multitask: bool = choice(False, "also descend the upper loss on the lower parameters", False, why=NOT_YET)
-    sama_adam_alpha: float = option(1.0, "for type='sama'", above=0.0)
-    sama_multitask: bool = choice(False, "also descend the upper loss on the lower parameters", False, why=NOT_YET)
+    darts_multitask: bool = option(False, "for type='darts': each hypergradient also moves the level down the upper loss, by darts_alpha")
+    sama_adam_alpha: float = option(1.0, "for type='sama', whatever the optimizer: length of the displacement", above=0.0)
+    sama_multitask: bool = option(False, "for type='sama': each hypergradient also moves the level, by sama_adam_alpha")
     neumann_iterations: int = option(1, "for type='neumann': terms of the series", low=1)
     neumann_alpha: float = option(1.0, "for type='neumann': step size of the series", above=0.0)
 
@@ -104,7 +106,7 @@ class Config(Options):
         if isinstance(self.type, Method):
             return self.type
         cls = METHODS[self.type] if isinstance(self.type, str) else self.type
-        flat = {f.name: getattr(self, f"{cls.name}_{f.name}", None) for f in dataclasses.fields(cls)}
+        flat = {f.name: getattr(self, cls.flat.get(f.name, f"{cls.name}_{f.name}"), None) for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in flat.items() if value is not None})
 
 # %% ../nbs/core/06_configs.ipynb #494f2924

@@ -228,7 +228,10 @@ class Engine:
         if self.config.nonfinite == "raise" and not torch.isfinite(p.last_loss):
             raise FloatingPointError(f"The loss of {p.name!r} is {p.last_loss.item()} at its step {p.steps + 1}: lower the learning rate, or look for a division by zero in its training_step.")
         if self.graph.receivers(p.name):
-            p.add_gradient(hypergradient(self.graph, self._levels, p.name, loss=loss).total)
+            result = hypergradient(self.graph, self._levels, p.name, loss=loss)
+            p.add_gradient(result.total)
+            for j, passage in result.passages.items():
+                self._levels[j].settle(p.name, passage)
         else:
             p.gradient(loss)
 
@@ -347,7 +350,7 @@ class Engine:
             raise ValueError(f"There is no level {name!r}: {closest(name, self._levels)}.")
         return self._levels[name]
 
-    def probe(self, level, methods=None, take=hypergradient):
+    def probe(self, level, methods=None, take=hypergradient, **options):
         "`take` (the Hypergradient by default) at the present parameters and batches, leaving no trace: neither in buffers nor in generators nor in the data"
         name = self.level(level).name
         with self._lock, undisturbed([p.module for p in self.problems]):
@@ -355,7 +358,7 @@ class Engine:
             try:
                 for p in self.problems:
                     p.batch = p.peek()
-                return take(self.graph, self._levels, name, methods=methods)
+                return take(self.graph, self._levels, name, methods=methods, **options)
             finally:
                 for k, p in self._levels.items():
                     p.batch = batches[k]

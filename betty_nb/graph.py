@@ -164,6 +164,37 @@ class Graph:
         down = {low for up, low in self.u2l if up == self._known(level)}
         return tuple(j for j in self.below(level) if j in down or down & set(self.below(j)))
 
+    @remembered
+    def answering(self, level, total):
+        "The levels that move when `level` does: those its own hypergradient passes through, and for those in `total` again theirs"
+        found = []
+        for j in self.receivers(level):
+            found += [j, *(self.answering(j, total) if j in total else ())]
+        return tuple(dict.fromkeys(found))
+
+    @remembered
+    def flow(self, source, targets, total):
+        """How the adjoints of a hypergradient travel: {level: the levels its pull-back leads to}, in the order of the visits.
+
+        The loss is that of `source`; the derivatives wanted are those with respect to the parameters of `targets`. From a level they go on to its
+        lower levels, and end in a target. A middle level in `total` stands for itself *and* the levels below it that answer to it, so nothing flows
+        from it to those; in exchange what arrives at those flows up to it."""
+        upper_ends = set(targets) | (set(total) & set(self.below(source)))
+
+        def outputs(level):
+            block = (level, *self.answering(level, total)) if level in total else (level,)
+            lower = [x for i in block for x in self.lower(i)]
+            upper = [x for i in block for x in self.upper(i) if x in upper_ends]
+            return tuple(dict.fromkeys(x for x in lower + upper if x not in block))
+
+        onward = {i: outputs(i) for i in self.below(source) if i not in targets}
+        useful = set(targets)
+        while grown := {i for i, outs in onward.items() if i not in useful and useful & set(outs)}:
+            useful |= grown
+        onward = {i: tuple(x for x in outs if x in useful) for i, outs in onward.items() if i in useful}
+        before = {i: {j for j, outs in onward.items() if i in outs} for i in onward}
+        return {i: onward[i] for i in TopologicalSorter(before).static_order()}
+
     @property
     @remembered
     def solved(self):
@@ -178,7 +209,7 @@ class Graph:
     def warnings(self):
         "Declarations without effect, one sentence each"
         for k in self.levels:
-            if self.lower(k) and not self.receivers(k):
+            if self.lower(k) and not self.receivers(k) and k not in self.solved:  # a level in between may just pass on what it receives
                 low = self.lower(k)[0]
                 yield (
                     f"The loss of {k!r} depends on the optimum of {low!r} (l2u), but no u2l edge says which loss the parameters of {k!r} "

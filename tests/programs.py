@@ -45,15 +45,16 @@ def pair(outer=None, inner=None, dependencies=BOTH, **kwargs):
     return Engine(levels, EngineConfig(train_iters=50), dependencies)
 
 
-def noisy_program(method="cg", seed=0):
+def noisy_program(method="cg", seed=0, dtype=torch.float32):
     "Two levels with everything that makes going back hard: dropout, BatchNorm, Adam, shuffled loaders, a scheduler"
     torch.manual_seed(seed)
     x = torch.randn(60, 4)
-    data = TensorDataset(x, (x.sum(1, keepdim=True) > 0).float())
+    data = TensorDataset(x.to(dtype), (x.sum(1, keepdim=True) > 0).to(dtype))
     net = torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Softplus(), torch.nn.Linear(8, 1)
     )
     decay = Vector(1, -3.0)
+    net.to(dtype), decay.to(dtype)
 
     class Inner(ImplicitProblem):
         def training_step(self, batch):

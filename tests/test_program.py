@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_is_warned_about_or_raised():
 
 
 def test_an_option_that_is_not_there_yet_is_refused_not_ignored():
-    for config, option in ((Config, {"precision": "fp16"}), (Config, {"darts_multitask": True}), (EngineConfig, {"roll_back": True})):
+    for config, option in ((Config, {"precision": "fp16"}), (EngineConfig, {"roll_back": True})):
         with pytest.raises(ValueError, match="does not have it yet"):
             config(**option)
 

@@ -21,7 +21,7 @@ from betty_nb.debugger.records import (
 from .timeline import Timeline
 from ..hypergradient.exact import Exact
 from ..hypergradient.method import METHODS, Method, flatten, make_method
-from ..hypergradient.sweep import path_shares
+from ..hypergradient.sweep import Sweep, path_shares
 
 # %% ../../nbs/debugger/02_controller.ipynb #b546340b
 class History:
@@ -338,6 +338,7 @@ class Debugger:
             paths=tuple(PathRow(path, _norm(s), _share(flatten(s), indirect)) for path, s in shares.items()),
             reference="exact" if exact is not None else None, error=error, cosine=cosine,
             verdict=verdict(error, cosine) if graph.receivers(name) else "no lower level", ms=ms,
+            apart=_apart(shares, indirect),
         )  # fmt: skip
 
     def _upper(self, level):
@@ -353,17 +354,21 @@ class Debugger:
         paths = self.engine.graph.paths(name)
         if len(paths) == 1:
             return {paths[0]: result.indirect}
-        return {} if len(paths) > 64 else self.engine.probe(name, take=path_shares)
+        try:
+            return self.engine.probe(name, take=path_shares)
+        except ValueError:  # more paths than can be shown
+            return {}
 
     def _reference(self, name):
-        "The exact indirect hypergradient (n,), None where a lower level is too large for it"
-        receivers = self.engine.graph.receivers(name)
-        if any(self._size(j) > self.reference_limit for j in receivers):
+        "The exact indirect hypergradient (n,), total Hessians included; None where a lower level is too large for it"
+        below, exact = self.engine.graph.below(name), Exact(limit=self.reference_limit)
+        if any(exact.refuses(self.engine.level(j)) for j in below):
             return None
-        return flatten(self.engine.probe(name, methods=dict.fromkeys(receivers, Exact())).indirect)
+        return flatten(self.engine.probe(name, methods=dict.fromkeys(below, exact), hessian="total").indirect)
 
-    def _size(self, level):
-        return sum(t.numel() for t in self.engine.level(level).meta_trainable_parameters())
+    def _through(self, name):
+        "The levels that the hypergradient of `name` passes through"
+        return tuple(Sweep(self.engine.graph, self.engine._levels, name, (name,)).flow)
 
     def constraining_sets(self, level):
         "The SetsRecord of `level`: which parameters it takes as given, which optima it depends on"
@@ -414,29 +419,34 @@ class Debugger:
         self,
         level,
         methods=None,  # names or Methods; all registered ones when left out
-        seconds=0.5,  # time spent on timing each method, at most
+        seconds=0.3,  # time spent on timing each method, at most
     ):
-        "The Comparison of methods on the present state and batches; the methods in use come first"
+        "The Comparison of methods on the present state and batches: those in use, then the others, the most accurate first"
         name = self._upper(level)
-        receivers = self.engine.graph.receivers(name)
-        present = {j: self.engine.level(j).method for j in receivers}
+        through = self._through(name)
+        present = {j: self.engine.level(j).method for j in through}
         chosen = list(METHODS) if methods is None else [methods] if isinstance(methods, (str, Method)) else list(methods)
         with self.engine._lock:
             exact = self._reference(name)
             rows = [self._comparison_row(name, present, ", ".join(dict.fromkeys(map(str, present.values()))), exact, seconds, True)]
             for method in map(make_method, chosen):
                 if any(m != method for m in present.values()):
-                    rows.append(self._comparison_row(name, dict.fromkeys(receivers, method), str(method), exact, seconds, False))
+                    rows.append(self._comparison_row(name, dict.fromkeys(through, method), str(method), exact, seconds, False))
             step = self.engine.completed
-        return Comparison(name, receivers, None if exact is None else "exact", tuple(rows), step)
+        rows[1:] = sorted(rows[1:], key=lambda row: float("inf") if row.error is None else row.error)
+        return Comparison(name, through, None if exact is None else "exact", tuple(rows), step)
 
     def _comparison_row(self, name, methods, label, exact, seconds, current):
         method = next(iter(methods.values()))
         options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
         reason = next(filter(None, (m.refuses(self.engine.level(j)) for j, m in methods.items())), "")
+        try:
+            if not reason:
+                self.engine.probe(name, methods=methods)  # the first call of a kind pays for loading kernels
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error)
         if reason:
             return ComparisonRow(method.name, options, label, None, None, None, None, reason, current)
-        self.engine.probe(name, methods=methods)  # the first call of a kind pays for loading kernels
         times, end = [], time.perf_counter() + seconds
         while len(times) < 3 or (len(times) < 15 and time.perf_counter() < end):
             result, ms = self._timed(name, methods)
@@ -488,6 +498,11 @@ def _compare(vector, exact):
     return ((vector - exact).norm() / exact.norm()).item(), _cosine(vector, exact)
 
 
+def _apart(shares, indirect):
+    norm = indirect.norm().item()
+    return (sum(flatten(s) for s in shares.values()) - indirect).norm().item() / norm if shares and norm else 0.0
+
+
 def _share(part, whole):
     square = (whole @ whole).item()
     return (part @ whole).item() / square if square else 0.0
@@ -503,5 +518,5 @@ def _solve_row(level, passage):
     solve = passage.solve
     return SolveRow(
         level, str(passage.method), solve.status, solve.iterations, passage.hvps, 1e3 * passage.seconds,
-        torch.linalg.vector_norm(passage.vector).item(), tuple(float(r) for r in solve.residuals), solve.advice,
+        torch.linalg.vector_norm(passage.vector).item(), tuple(float(r) for r in solve.residuals), solve.advice, passage.hessian,
     )  # fmt: skip

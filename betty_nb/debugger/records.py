@@ -178,6 +178,7 @@ class SolveRow:
     vector: float  # norm of the vector that arrived
     residuals: tuple  # |H w - v| / |v| after each iteration
     advice: str
+    hessian: str = "direct"  # of a middle level: "direct" or "total"
 
 
 @dataclass(frozen=True)
@@ -206,15 +207,16 @@ class HypergradientRecord(Record):
     cosine: float | None
     verdict: str
     ms: float
+    apart: float = 0.0  # |sum of the paths' parts - indirect| / |indirect|, for methods that are not linear in the vector
 
     def summary(self):
         through = " > ".join(s.level for s in self.solves) or "no lower level"
-        judged = (
-            f"; against {self.reference}: {self.verdict} (error {self.error:.2g}, cosine {self.cosine:.3g})"
-            if self.error is not None
-            else ""
-        )
-        return f"Hypergradient of {self.level!r}: norm {self.total:.3g} (direct {self.direct:.3g}, indirect {self.indirect:.3g} through {through}){judged}."
+        said = f"Hypergradient of {self.level!r}: norm {self.total:.3g} (direct {self.direct:.3g}, indirect {self.indirect:.3g} through {through})"
+        if self.error is not None:
+            said += f"; against {self.reference}: {self.verdict} (error {self.error:.2g}, cosine {self.cosine:.3g})"
+        if self.apart >= 1e-4:
+            said += f"; taken one by one, its paths add up to something {self.apart:.1%} apart, the method not being linear in the vector"
+        return said + "."
 
     def table(self):
         rows = [(p.name, "x".join(map(str, p.shape)) or "1", p.direct, p.indirect, p.total, p.cosine) for p in self.parameters]
@@ -223,10 +225,10 @@ class HypergradientRecord(Record):
     def solve_table(self):
         "How each lower level was solved"
         rows = [
-            (s.level, s.method, s.status, s.iterations, s.hvps, round(s.ms, 2), s.residuals[-1] if s.residuals else None, s.advice)
+            (s.level, s.method, s.hessian, s.status, s.iterations, s.hvps, round(s.ms, 2), s.residuals[-1] if s.residuals else None, s.advice)
             for s in self.solves
         ]
-        return Table(("level", "method", "status", "iterations", "HVPs", "ms", "residual", "advice"), tuple(rows))
+        return Table(("level", "method", "Hessian", "status", "iterations", "HVPs", "ms", "residual", "advice"), tuple(rows))
 
     def __repr__(self):
         return f"{super().__repr__()}\n\n{self.solve_table().text()}"

@@ -42,7 +42,7 @@ def nbytes(value):
 class LevelSnapshot:
     "Everything of one level that training changes"
 
-    _counters = ("count", "steps", "drawn", "batch", "last_loss", "metrics")
+    _counters = ("count", "steps", "drawn", "batch", "last_loss", "metrics", "solutions")
 
     def __init__(self, problem):
         module, optimizer = problem.module, problem.optimizer
@@ -56,6 +56,7 @@ class LevelSnapshot:
         self.counters = {name: getattr(problem, name) for name in self._counters}
         self.ready = set(problem.ready)
         self.nbytes = nbytes([[v, g] for _, v, g in self.parameters]) + nbytes([b for *_, b in self.modules]) + nbytes(self.optimizer or 0)
+        self.nbytes += nbytes(problem.solutions)
 
     @staticmethod
     def _parameters(problem):

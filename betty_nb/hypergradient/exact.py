@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import LinearSolve, Solve, option, register
+from .method import NON_FINITE, LinearSolve, Solve, option, register, relative
 
 # %% ../../nbs/core/02_exact.ipynb #1a4d4b0e
 @register("exact")
@@ -41,8 +41,10 @@ class Exact(LinearSolve):
 
     def _solve(self, hessian, vector):
         def residual(w):
-            return torch.linalg.vector_norm(hessian @ w - vector) / torch.linalg.vector_norm(vector)
+            return relative(hessian @ w - vector, vector)
 
+        if not (torch.isfinite(hessian).all() and torch.isfinite(vector).all()):
+            return Solve(torch.zeros_like(vector), trouble={"non-finite": (True, NON_FINITE)})
         w, info = torch.linalg.solve_ex(hessian, vector)
         # A pivot that is exactly zero shows in `info`; a nearly singular matrix in a residual that is not small, or not a number.
         singular = info.item() != 0 or not residual(w).item() < 1e-2

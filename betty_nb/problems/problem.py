@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from ..configs import Config
+from ..hypergradient.method import unflatten
 
 # %% ../../nbs/core/07_problems.ipynb #6142c3c3
 def to_device(batch, device):
@@ -100,6 +101,7 @@ class Problem:
         self.ready = set()  # names of the lower levels that have finished their unroll
         self.batch = None  # the batch drawn last
         self.last_loss, self.metrics = None, {}  # of the last training step, detached
+        self.solutions = {}  # {(upper level, method): vector (n,)} that the last training hypergradient found here, for warm starts
         self._sources = None
         self.reader = self.get_batch  # where `draw` gets its batch; a debugger puts a tape in between
 
@@ -240,6 +242,11 @@ class Problem:
         "The Method with which hypergradients of upper levels pass through this level"
         return self.config.method
 
+    @property
+    def hessian(self):
+        'Which Hessian hypergradients of upper levels meet here when this level has a hypergradient of its own: "direct" or "total"'
+        return self.config.hessian
+
     def loss(self):
         "The loss on the present batch, a scalar tensor with its graph"
         return self._split(self.training_step(self.batch) if self._takes_batch else self.training_step())[0]
@@ -285,6 +292,16 @@ class Problem:
         for p, g in zip(self.trainable_parameters(), grads):
             g = g if scale == 1 else g / scale
             p.grad = g if p.grad is None else p.grad + g
+
+    def settle(self, upper, passage):
+        "Keep what a training hypergradient of the level `upper` leaves behind here: the solution for a warm start, and a shift"
+        if passage.method.warm_start:
+            self.solutions = {**self.solutions, (upper, passage.method.name): passage.solve.vector.detach()}
+        if passage.solve.shift is not None:
+            parameters = self.meta_trainable_parameters()
+            with torch.no_grad():
+                for p, step in zip(parameters, unflatten(passage.solve.shift, parameters)):
+                    p.add_(step)
 
     def update(self):
         "Move the parameters with the gradient gathered in `.grad`, then forget it"

@@ -226,6 +226,7 @@ class MethodsPanel(W.VBox):
         self.through.observe(lambda _: self.show_menu(), "value")
         self.menu.observe(lambda _: self.show_options(), "value")
         results = W.Box([self.table, self.plot], layout=W.Layout(flex_flow="row wrap", align_items="flex-start"))
+        results.add_class("bn-results")
         super().__init__(
             [
                 W.HBox([self.through, self.menu, self.swap_in], layout=W.Layout(flex_flow="row wrap", align_items="center")),
@@ -273,11 +274,11 @@ class MethodsPanel(W.VBox):
         self.comparison = self.dashboard.debugger.compare(level)
         put(
             self.plot,
-            value=figure_svg(comparison_figure(self.comparison, size=(5.2, 2.05)), f"error against cost, hypergradient of {level}"),
+            value=figure_svg(comparison_figure(self.comparison, size=(3.7, 3.5)), f"error against cost, hypergradient of {level}"),
         )
         put(
             self.said,
-            value=f'<p title="{escape(self.comparison.summary())}">hypergradient of {escape(level)}, step {self.comparison.step:,}</p>',
+            value=f'<p title="{escape(self.comparison.summary())}">hypergradient of {escape(level)}, iteration {self.comparison.step:,}</p>',
         )
         self.show_rows()
         self.seen = None

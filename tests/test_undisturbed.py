@@ -1,0 +1,95 @@
+"""Looking never disturbs: whatever the method, and wherever it is interrupted or fails, the program is bit for bit as it was."""
+
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from betty_nb.debugger import Debugger
+from betty_nb.hypergradient import METHODS, make_method
+from tests.programs import bits, noisy_program, same
+
+SERVING = [name for name in METHODS if not make_method(name).refuses(noisy_program().inner)]
+
+
+def ready(dtype=torch.float32):
+    "A program with dropout, BatchNorm and Adam, just before an upper update"
+    debugger = Debugger(noisy_program(dtype=dtype))
+    debugger.until("outer")
+    return debugger
+
+
+class Failure(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SERVING)
+def test_a_probe_leaves_no_trace(name, dtype):
+    debugger = ready(dtype)
+    before = bits(debugger.engine)
+    method = make_method(name)
+    try:
+        debugger.engine.probe("outer", methods={"inner": method})
+    except (RuntimeError, NotImplementedError) as error:  # an operation that torch does not have for this precision
+        print(f"{name} {dtype}: {error}")
+    assert same(bits(debugger.engine), before)
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_an_exception_anywhere_in_a_training_step_leaves_no_trace(name):
+    debugger = ready()
+    before, inner = bits(debugger.engine), type(debugger.engine.inner)
+    original, method, failed = inner.training_step, make_method(name), 0
+    for at in range(1, 8):
+        calls = []
+
+        def failing(self, batch, calls=calls, at=at):
+            loss = original(self, batch)
+            calls.append(1)
+            if len(calls) == at:
+                raise Failure
+            return loss
+
+        inner.training_step = failing
+        try:
+            debugger.engine.probe("outer", methods={"inner": method})
+        except Failure:
+            failed += 1
+        finally:
+            inner.training_step = original
+        assert same(bits(debugger.engine), before), f"the exception in pass {at}"
+    assert failed, "no pass of the inner level took place, so nothing was tested"
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals arrive in the main thread")
+@pytest.mark.parametrize("name", SERVING)
+def test_an_interrupt_at_a_random_moment_leaves_no_trace(name):
+    debugger = ready()
+    before, method, rng = bits(debugger.engine), make_method(name), random.Random(0)
+    probe = lambda: debugger.engine.probe("outer", methods={"inner": method})  # noqa: E731
+    probe()
+    start = time.perf_counter()
+    probe()
+    length, interrupted = time.perf_counter() - start, 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(25):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-5, rng.random() * length))
+                probe()
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert same(bits(debugger.engine), before)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert interrupted >= 5, f"only {interrupted} of 25 interrupts came in time"
