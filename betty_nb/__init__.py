@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name):
-    if name == "Debugger":  # loaded when it is first asked for
-        from .debugger import Debugger
+    if name in ("Debugger", "check_hypergradient", "combinations"):  # loaded when they are first asked for
+        from . import debugger
 
-        return Debugger
+        return getattr(debugger, name)
     raise AttributeError(f"module 'betty_nb' has no attribute {name!r}")
 
 

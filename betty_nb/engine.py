@@ -76,7 +76,7 @@ class Engine:
         for p in problems:
             p.reset()
             p.initialize(self)
-        self._warn_methods()
+        self._check_methods()
 
     # Putting the program together
 
@@ -123,8 +123,11 @@ class Engine:
         own_order = type(self).train_step is not Engine.train_step
         self._leaf_actions = [Action("train_step")] if own_order else [a for leaf in graph.leaves for a in self._actions[leaf]]
 
-    def _warn_methods(self):
+    def _check_methods(self):
+        "A method that cannot serve its level is refused; one that has no effect is warned about"
         for p in self.problems:
+            if p.name in self.graph.solved and (sentence := p.method.refusal(p)):
+                raise ValueError(f"Level {p.name!r} can't use {p.method}: {sentence}")
             if "type" in p.config.chosen and p.name not in self.graph.solved:
                 below = [j for j in self.graph.receivers(p.name)]
                 remedy = f"set it on {below[0]!r}" if below else "remove it"
@@ -188,12 +191,14 @@ class Engine:
         self._levels[action.level].draw()
 
     def _do_hypergradient(self, action):
-        self._take_gradient(self._levels[action.level])
+        p = self._levels[action.level]
+        self._start_of_unroll(p)
+        self._take_gradient(p)
 
     def _do_descend(self, action):
         p = self._levels[action.level]
-        self._start_of_unroll(p)
         if not self.graph.receivers(p.name):
+            self._start_of_unroll(p)
             self._take_gradient(p)
         p.count += 1
         p.steps += 1
@@ -220,7 +225,7 @@ class Engine:
 
     def _start_of_unroll(self, p):
         if p.count % (p.config.unroll_steps * p.config.gradient_accumulation) == 0:
-            p.on_inner_loop_start()
+            p.start_unroll()
 
     def _take_gradient(self, p):
         "The (hyper)gradient of a level on its present batch, into `.grad`"
@@ -250,15 +255,13 @@ class Engine:
 
     def _by_hand(self, action):
         p = self._levels[action.level]
-        batch, grads = p.batch, [q.grad for q in p.trainable_parameters()]
-        p.zero_grad()
-        p.draw()
-        self._take_gradient(p)
-        p.steps += 1
-        p.update()
+        batch = p.batch
+        with p.gradient_aside():
+            p.draw()
+            self._take_gradient(p)
+            p.steps += 1
+            p.update()
         p.batch = p.batch if batch is None else batch  # the schedule may have drawn one that it has not used yet
-        for q, grad in zip(p.trainable_parameters(), grads):
-            q.grad = grad
 
     def step_problem(self, name):
         "A step of `name` now, with every action that falls due with it (what `problem.step()` does)"

@@ -39,12 +39,32 @@ def _double(x):
     return x.double() if x.dim() == 0 and x.is_floating_point() and x.device.type != "mps" else x
 
 
+def _norm(function, x, *args, **kwargs):
+    # What is measured may be scaled in place afterwards (clipping), while the derivative of the norm still needs it.
+    return function(x.clone(), *args, **kwargs)
+
+
+def _norms(function, tensors, ord=2, **kwargs):
+    return [torch.linalg.vector_norm(t.clone(), ord, **kwargs) for t in tensors]
+
+
+def _multiply(function, x, factor):
+    if not isinstance(factor, torch.Tensor):
+        return function(x, factor)
+    for t in x if isinstance(x, (list, tuple)) else [x]:
+        t.copy_(t.clone() * factor)
+    return x
+
+
 _RULES = {
     "detach": lambda function, x: x,
     "sqrt": lambda function, x: _sqrt(x),
     "sqrt_": lambda function, x: x.copy_(_sqrt(x.clone())),
     **dict.fromkeys(("add", "add_", "sub", "sub_"), _scaled("alpha", 0)),
     **dict.fromkeys(("addcmul", "addcmul_", "addcdiv", "addcdiv_"), _scaled("value", 0)),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
+    "_foreach_norm": _norms,
+    **dict.fromkeys(("mul_", "_foreach_mul_"), _multiply),
     **dict.fromkeys(("tensor", "as_tensor", "zeros", "ones"), _number),
     "_set_grad_enabled": lambda function, *args: None,
 }
@@ -58,15 +78,42 @@ class Differentiating(TorchFunctionMode):
     def __init__(self, gradients=None):
         super().__init__()
         self.gradients = {} if gradients is None else gradients
+        self._meant = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = [self.meant(x) for x in args], {k: self.meant(x) for k, x in (kwargs or {}).items()}
         name = getattr(function, "__name__", "")
-        if name in _RULES:
-            return _RULES[name](function, *args, **kwargs)
         if name in ("__get__", "__set__"):
             return self._attribute(function, args)
-        return function(*args, **kwargs)
+        result = _RULES[name](function, *args, **kwargs) if name in _RULES else function(*args, **kwargs)
+        return result if any(result is x for x in args) else self.stand_in(result)
+
+    # torch takes a tensor for a number (alpha=..., value=...) only where it has no graph. So numbers with a graph are represented by
+    # tensors without, which share their memory, until an operation is performed.
+
+    def stand_in(self, x):
+        "A tensor of one number that hides the graph of `x`; anything else as it is"
+        if isinstance(x, (tuple, list)):
+            return type(x)(map(self.stand_in, x)) if type(x) in (tuple, list) else x
+        if not isinstance(x, torch.Tensor) or x.dim() or not x.requires_grad:
+            return x
+        hidden = x.detach()
+        self._meant[id(hidden)] = hidden, x
+        return hidden
+
+    def meant(self, x):
+        "What `x` stands for"
+        if isinstance(x, (tuple, list)) and type(x) in (tuple, list):
+            return type(x)(map(self.meant, x))
+        return self._meant[id(x)][1] if id(x) in self._meant else x
+
+    def stand_ins(self, options):
+        "Options of an optimizer, their numbers with a graph replaced"
+        return [{k: self.stand_in(v) for k, v in group.items()} for group in options]
+
+    def state_of(self, optimizer, parameters):
+        "The state of `optimizer`, a dictionary for each of `parameters`"
+        return [{k: self.meant(v) for k, v in optimizer.state.get(p, {}).items()} for p in parameters]
 
     def _attribute(self, function, args):
         if function == _GET_GRAD:
@@ -119,7 +166,10 @@ def state_of(optimizer):
 
 def options_of(optimizer):
     "The options of `optimizer` now, one dictionary for each of its groups"
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    def now(value):  # a tensor without gradient may be written to by a scheduler; one with it is learned by somebody
+        return value.clone() if isinstance(value, torch.Tensor) and not value.requires_grad else value
+
+    return [{k: now(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
 def twin(optimizer, parameters, state, options=None):
@@ -150,7 +200,8 @@ def differentiable_step(
 ):
     "The pair (parameters, state) after one step, both with their graph"
     moved = [p.clone() for p in parameters]
-    new = twin(optimizer, moved, state, options)
-    with Differentiating({id(p): g for p, g in zip(moved, gradients)}):
+    mode = Differentiating({id(p): g for p, g in zip(moved, gradients)})
+    new = twin(optimizer, moved, state, mode.stand_ins(options or options_of(optimizer)))
+    with mode:
         new.step()
-    return moved, [dict(new.state.get(p, {})) for p in moved]
+    return moved, mode.state_of(new, moved)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from betty_nb import Config, Engine, EngineConfig, ImplicitProblem
+from betty_nb import Config, Engine, EngineConfig, ImplicitProblem, IterativeProblem
+from betty_nb.hypergradient import make_method
 
 BOTH = {"u2l": {"outer": ["inner"]}, "l2u": {"inner": ["outer"]}}
 
@@ -45,6 +46,37 @@ def pair(outer=None, inner=None, dependencies=BOTH, **kwargs):
     return Engine(levels, EngineConfig(train_iters=50), dependencies)
 
 
+def ridge_program(method="exact", seed=0, n=20, dtype=torch.float64, **options):
+    """Ridge regression, solved, with a weight decay exp(x_i) for each of the n weights as the upper level; and its hypergradient by the formula
+
+    C_inner = |X w - y|^2 / 2m + sum exp(x_i) w_i^2 / 2,   dC_outer / dx = -exp(x) * w * (H^-1 dC_outer / dw)"""
+    g = torch.Generator().manual_seed(seed)
+    X, Xv = (torch.randn(50, n, generator=g, dtype=torch.float64) for _ in range(2))
+    y, yv = (A.sum(1) + torch.randn(50, generator=g, dtype=torch.float64) for A in (X, Xv))
+    x = torch.randn(n, generator=g, dtype=torch.float64) / 2 - 1
+    H = X.T @ X / 50 + torch.diag(x.exp())
+    w = torch.linalg.solve(H, X.T @ y / 50)
+    formula = -x.exp() * w * torch.linalg.solve(H, Xv.T @ (Xv @ w - yv) / 50)
+
+    class Inner(ImplicitProblem):
+        def training_step(self, batch):
+            A, b = batch
+            return 0.5 * (A @ self() - b).square().mean() + 0.5 * (self.outer().exp() * self().square()).sum()
+
+    class Outer(ImplicitProblem):
+        def training_step(self, batch):
+            A, b = batch
+            return 0.5 * (A @ self.inner() - b).square().mean()
+
+    modules, problems = [Vector(n).to(dtype) for _ in range(2)], []
+    for module, value in zip(modules, (w, x)):
+        module.value.data.copy_(value)
+    for cls, module, config, batch in ((Inner, modules[0], Config(type=method, **options), (X, y)), (Outer, modules[1], None, (Xv, yv))):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+        problems.append(cls(cls.__name__.lower(), config, module, optimizer, train_data_loader=[tuple(t.to(dtype) for t in batch)]))
+    return Engine(problems, EngineConfig(train_iters=1000, strategy="cpu"), BOTH), formula
+
+
 def noisy_program(method="cg", seed=0, dtype=torch.float32):
     "Two levels with everything that makes going back hard: dropout, BatchNorm, Adam, shuffled loaders, a scheduler"
     torch.manual_seed(seed)
@@ -56,7 +88,7 @@ def noisy_program(method="cg", seed=0, dtype=torch.float32):
     decay = Vector(1, -3.0)
     net.to(dtype), decay.to(dtype)
 
-    class Inner(ImplicitProblem):
+    class Inner(IterativeProblem if make_method(method).serves == "iterative" else ImplicitProblem):
         def training_step(self, batch):
             x, y = batch
             loss = F.binary_cross_entropy_with_logits(self.module(x), y)
@@ -67,7 +99,7 @@ def noisy_program(method="cg", seed=0, dtype=torch.float32):
             x, y = batch
             return F.binary_cross_entropy_with_logits(self.inner(x), y)
 
-    adam = torch.optim.Adam(net.parameters(), lr=0.01)
+    adam = torch.optim.Adam(net.parameters(), lr=0.01, eps=1e-4 if dtype == torch.float16 else 1e-8)  # 1e-8 is 0 in float16
     inner = Inner(
         "inner",
         Config(type=method, unroll_steps=4, gradient_clipping=1.0),
@@ -100,4 +132,8 @@ def bits(engine):
 
 def same(a, b):
     "Whether two lists of tensors are the same, bit for bit"
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    return len(a) == len(b) and all(x.dtype == y.dtype and x.shape == y.shape and torch.equal(bytes_of(x), bytes_of(y)) for x, y in zip(a, b))
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

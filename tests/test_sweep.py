@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from betty_nb import CG, Config, Engine, EngineConfig, Exact, ImplicitProblem
+from betty_nb import CG, Config, Engine, EngineConfig, Exact, ImplicitProblem, check_hypergradient
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import path_shares
 
@@ -101,6 +101,18 @@ def test_defect_4_a_middle_level_with_a_hypergradient_of_its_own():
         errors[hessian] = ((hypergradient - numeric).norm() / numeric.norm()).item()
     print("\nthree levels, relative error of the hypergradient:", {k: f"{v:.1e}" for k, v in errors.items()})
     assert errors["total"] < 1e-6 and errors["direct"] > 0.01
+
+
+def test_checking_three_levels_solves_the_middle_one_too():
+    engine = program(*CHAIN, methods=Exact(), hessian="total")
+    record = check_hypergradient(engine, "top")
+    print("\n", record)
+    assert record.complete and record.reference < 1e-5 and all(row.after < 1e-9 for row in record.lower)
+    solve(engine, hessian="total")
+    assert check_hypergradient(engine, "top").error < 1e-5
+    for p in engine.problems:
+        p.config.hessian = "direct"
+    assert check_hypergradient(engine, "top").method > 0.01
 
 
 @pytest.mark.parametrize("hessian", ["direct", "total"])

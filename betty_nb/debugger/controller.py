@@ -22,6 +22,7 @@ from .timeline import Timeline
 from ..hypergradient.exact import Exact
 from ..hypergradient.method import METHODS, Method, flatten, make_method
 from ..hypergradient.sweep import Sweep, path_shares
+from ..hypergradient.unroll import Unroll
 
 # %% ../../nbs/debugger/02_controller.ipynb #b546340b
 class History:
@@ -361,10 +362,11 @@ class Debugger:
 
     def _reference(self, name):
         "The exact indirect hypergradient (n,), total Hessians included; None where a lower level is too large for it"
-        below, exact = self.engine.graph.below(name), Exact(limit=self.reference_limit)
-        if any(exact.refuses(self.engine.level(j)) for j in below):
+        exact = {"implicit": Exact(limit=self.reference_limit), "iterative": Unroll()}
+        chosen = {j: exact[self.engine.level(j).kind] for j in self.engine.graph.below(name)}
+        if any(method.refusal(self.engine.level(j)) for j, method in chosen.items()):
             return None
-        return flatten(self.engine.probe(name, methods=dict.fromkeys(below, exact), hessian="total").indirect)
+        return flatten(self.engine.probe(name, methods=chosen, hessian="total").indirect)
 
     def _through(self, name):
         "The levels that the hypergradient of `name` passes through"
@@ -403,7 +405,7 @@ class Debugger:
     def _refusal(self, p, method):
         if p.name not in self.engine.graph.solved:
             return f"No hypergradient passes through {p.name!r}."
-        return method.refuses(p)
+        return method.refusal(p)
 
     def swap(self, level, method, **options):
         'From the next action on, pull hypergradients back through `level` with another method: swap("inner", "cg", iterations=10)'
@@ -439,7 +441,7 @@ class Debugger:
     def _comparison_row(self, name, methods, label, exact, seconds, current):
         method = next(iter(methods.values()))
         options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-        reason = next(filter(None, (m.refuses(self.engine.level(j)) for j, m in methods.items())), "")
+        reason = next(filter(None, (m.refusal(self.engine.level(j)) for j, m in methods.items())), "")
         try:
             if not reason:
                 self.engine.probe(name, methods=methods)  # the first call of a kind pays for loading kernels

@@ -20,7 +20,7 @@ from ..problems.problem import Problem
 def copied(value):
     "A deep copy in which tensors share nothing with the original and carry no graph"
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return value if isinstance(value, torch.nn.Parameter) else value.detach().clone()  # an option may be a parameter of another level
     if isinstance(value, dict):
         return {k: copied(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)) and type(value) in (list, tuple, set):
@@ -54,7 +54,8 @@ class LevelSnapshot:
         )  # fmt: skip
         self.scheduler = None if problem.scheduler is None else copied(problem.scheduler.state_dict())
         self.counters = {name: getattr(problem, name) for name in self._counters}
-        self.ready = set(problem.ready)
+        self.ready, self.memory = set(problem.ready), problem.memory()
+        self.shared = getattr(self.memory, "pieces", ())  # large parts of it that other snapshots hold as well
         self.nbytes = nbytes([[v, g] for _, v, g in self.parameters]) + nbytes([b for *_, b in self.modules]) + nbytes(self.optimizer or 0)
         self.nbytes += nbytes(problem.solutions)
 
@@ -105,6 +106,8 @@ class Snapshot:
         "Put the program back to this moment; the options stay as they are now"
         for p in engine.problems:
             self.levels[p.name].restore(p)
+        for p in engine.problems:
+            p.recall(self.levels[p.name].memory)
         engine.global_step, agenda, engine.validated = self.engine
         engine._agenda = list(agenda)
         self.rng.restore()
@@ -214,7 +217,8 @@ class Timeline:
     @property
     def nbytes(self):
         "Bytes held by snapshots and tapes"
-        return sum(s.nbytes for s in self.snapshots) + sum(t.nbytes for t in self.tapes)
+        shared = {id(piece): piece.nbytes for s in self.snapshots for level in s.levels.values() for piece in level.shared}
+        return sum(s.nbytes for s in self.snapshots) + sum(t.nbytes for t in self.tapes) + sum(shared.values())
 
     def _thin_out(self):
         while self.nbytes > self.budget and len(self.snapshots) > 2:

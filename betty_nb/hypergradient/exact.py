@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, option, register, relative
+from .method import NON_FINITE, LinearSolve, Solve, option, register, relative, single
 
 # %% ../../nbs/core/02_exact.ipynb #1a4d4b0e
 @register("exact")
@@ -40,15 +40,17 @@ class Exact(LinearSolve):
         return self._solve(torch.stack([hvp(row) for row in torch.eye(len(vector), dtype=vector.dtype, device=vector.device)]), vector)
 
     def _solve(self, hessian, vector):
+        dtype, hessian, vector = vector.dtype, single(hessian), single(vector)
+
         def residual(w):
             return relative(hessian @ w - vector, vector)
 
         if not (torch.isfinite(hessian).all() and torch.isfinite(vector).all()):
-            return Solve(torch.zeros_like(vector), trouble={"non-finite": (True, NON_FINITE)})
+            return Solve(torch.zeros_like(vector, dtype=dtype), trouble={"non-finite": (True, NON_FINITE)})
         w, info = torch.linalg.solve_ex(hessian, vector)
         # A pivot that is exactly zero shows in `info`; a nearly singular matrix in a residual that is not small, or not a number.
         singular = info.item() != 0 or not residual(w).item() < 1e-2
         if singular:
             w = torch.linalg.pinv(hessian, hermitian=True) @ vector
         advice = "The Hessian is singular, so the optimum is not unique and the smallest solution was taken: add weight decay to the loss."
-        return Solve(w, 1, [residual(w)], {"singular": (singular, advice)})
+        return Solve(w.to(dtype), 1, [residual(w)], {"singular": (singular, advice)})

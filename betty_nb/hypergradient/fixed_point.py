@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .method import NON_FINITE, LinearSolve, Solve, finite, option, register, relative
-from .neumann import growing, step_advice
+from .neumann import growing, not_finite, step_advice
 
 # %% ../../nbs/core/13_fixed_point.ipynb #97df7e0e
 @register("fixed_point")
@@ -41,7 +41,7 @@ class FixedPoint(LinearSolve):
         w = self.step_size * a
         grows = residuals[-1] > residuals[0] if self.momentum else growing(residuals)
         trouble = {
+            "non-finite": (not_finite(w, residuals, grows), NON_FINITE),
             "diverging": (grows, lambda: step_advice(hvp, [vector, a], "fixed_point.step_size", 2 * (1 + self.momentum))),
-            "non-finite": (~torch.isfinite(w).all(), NON_FINITE),
         }
         return Solve(finite(w), len(residuals) - 1, residuals[1:], trouble, self.tolerance or Solve.tolerance)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NON_FINITE', 'METHODS', 'flatten', 'unflatten', 'RandomState', 'undisturbed', 'displaced', 'Linearization', 'Solve',
-           'relative', 'finite', 'option', 'check_option', 'Method', 'LinearSolve', 'register', 'method_class',
-           'make_method']
+           'relative', 'noise', 'single', 'finite', 'option', 'check_option', 'Method', 'LinearSolve', 'register',
+           'BettyFunction', 'method_class', 'make_method']
 
-# %% ../../nbs/core/01_method.ipynb #aefdc093
+# %% ../../nbs/core/01_method.ipynb #0dfd7f2b
 import dataclasses
+import inspect
 import random
 import sys
 from contextlib import contextmanager
@@ -251,6 +252,17 @@ def relative(residual, vector):
     return torch.linalg.vector_norm(residual) / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
+def noise(vector):
+    "Relative size up to which a number is rounding noise, for the precision of `vector`; half precision has few digits to lose"
+    eps = torch.finfo(vector.dtype).eps
+    return min(100 * eps, eps**0.5)
+
+
+def single(tensor):
+    "`tensor` in single precision if it is in half: torch decomposes no matrices in half precision"
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def finite(vector):
     "`vector` if all of it is finite, else zeros: one bad number must not spread to every level above; the method's status says what happened"
     return torch.where(torch.isfinite(vector).all(), vector, torch.zeros_like(vector))
@@ -287,8 +299,19 @@ class Method:
         "The pair ({name: list of tensors or None}, Solve) that approximates -(d2C / dx dtheta) H^-1 vector for each level x of `level.wrt`"
         raise NotImplementedError(f"{type(self).__name__} must define pull_back(level, vector)")
 
+    serves: ClassVar[str] = "implicit"  # the kind of problem it is for; "iterative": it goes through the steps that were made
+
+    def refusal(self, problem):
+        "A sentence saying why this method cannot serve the level `problem`, its kind included, or an empty string"
+        kind = getattr(problem, "kind", "implicit")
+        if self.serves == kind:
+            return self.refuses(problem)
+        other = "IterativeProblem" if kind == "implicit" else "ImplicitProblem"
+        needs = "the steps of an unroll" if kind == "implicit" else "the optimum of a level"
+        return f"{self.name} differentiates {needs}, so it is for an {other}."
+
     def refuses(self, problem):
-        "A sentence saying why this method cannot serve the level `problem`, or an empty string"
+        "A sentence saying why this method cannot serve the level `problem`, which is of the right kind, or an empty string"
         return ""
 
     def __str__(self):
@@ -324,14 +347,14 @@ METHODS = {}
 
 
 def register(name):
-    "Decorator: make a Method subclass, or a function solve(hvp, vector) -> w (n,), known as `name`"
+    "Decorator: make a Method subclass, a function solve(hvp, vector) -> w (n,), or one in Betty's form, f(vector, curr, prev), known as `name`"
 
     def add(method):
         cls = method
         if not isinstance(method, type):
             cls = _from_function(name, method)
         elif not issubclass(method, Method):
-            raise TypeError(f"register({name!r}) takes a subclass of Method or a function solve(hvp, vector), not the class {method.__name__}.")
+            raise TypeError(f"register({name!r}) takes a subclass of Method or a function, not the class {method.__name__}.")
         cls.name = name
         METHODS[name] = cls
         return method
@@ -340,17 +363,56 @@ def register(name):
 
 
 def _from_function(name, function):
+    forms = "a function solve(hvp, vector) or f(vector, curr, prev)"
     if not callable(function):
-        raise TypeError(f"register({name!r}) takes a subclass of Method or a function solve(hvp, vector), got {function!r}.")
+        raise TypeError(f"register({name!r}) takes a subclass of Method, or {forms}, got {function!r}.")
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds and p.default is p.empty]
+    if len(parameters) == 2:
+        base, body = LinearSolve, {"solve": lambda self, hvp, vector: Solve(vector=function(hvp, vector))}
+    elif len(parameters) == 3 or parameters[3:] == ["sync"]:
+        more = (False,) * len(parameters[3:])  # sync: add the result to the gradients of prev instead of returning it
+        base, body = BettyFunction, {"call": lambda self, vector, curr, prev: function(vector, curr, prev, *more)}
+    else:
+        raise TypeError(f"register({name!r}) takes {forms}, not one with the parameters ({', '.join(parameters)}).")
+    doc = function.__doc__ or f"The function {getattr(function, '__name__', name)}({', '.join(parameters)})"
+    return dataclass(frozen=True)(type(name, (base,), {**body, "__doc__": doc, "__module__": function.__module__}))
 
-    @dataclass(frozen=True)
-    class Registered(LinearSolve):
-        def solve(self, hvp, vector):
-            return Solve(vector=function(hvp, vector))
 
-    Registered.__name__ = Registered.__qualname__ = name
-    Registered.__doc__ = function.__doc__ or f"The function {getattr(function, '__name__', name)}(hvp, vector)"
-    return Registered
+@dataclass(frozen=True)
+class BettyFunction(Method):
+    "A method given as a function in Betty's form, f(vector, curr, prev)"
+
+    linear = False  # not known to be
+
+    def call(self, vector, curr, prev):
+        "List of tensors along the trainable parameters of `prev`"
+        raise NotImplementedError
+
+    def refuses(self, problem):
+        if problem.hessian == "total":
+            return f"{self.name} works on the level's own loss, so it can't take its total Hessian: set hessian='direct'."
+        return ""
+
+    def pull_back(self, level, vector):
+        parts, bad = {}, False
+        for name, tensors in level.wrt.items():
+            with undisturbed(level.modules, torch_only=True):  # every call sees the same dropout mask
+                result = self.call(unflatten(vector, level.theta), level.problem, getattr(level.problem, name))
+            parts[name] = self._checked(result, tensors, name)
+            bad = sum((~torch.isfinite(t).all() for t in parts[name] if t is not None), start=bad)
+        return parts, Solve(trouble={"non-finite": (bad, NON_FINITE)})
+
+    def _checked(self, result, tensors, name):
+        "The `result` as a list, if it runs along the parameters of level `name`"
+        result = list(result) if isinstance(result, (list, tuple)) else [result]
+        shapes = [None if t is None else tuple(t.shape) for t in result]
+        wanted = [tuple(t.shape) for t in tensors]
+        if len(shapes) != len(wanted) or any(a not in (None, b) for a, b in zip(shapes, wanted)):
+            raise ValueError(
+                f"{self.name}(vector, curr, prev) must return one tensor for each trainable parameter of prev, here {name!r} with the shapes {wanted}, got {shapes}."
+            )
+        return result
 
 
 def method_class(name):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, finite, option, register
+from .method import NON_FINITE, LinearSolve, Solve, finite, noise, option, register, single
 
 # %% ../../nbs/core/12_minres.ipynb #9d8dea6a
 @register("minres")
@@ -46,7 +46,7 @@ class MinRes(LinearSolve):
             reach = torch.sqrt(here**2 + (cosine * beta_new) ** 2)  # |H r| / |r|: nothing is left to gain where H r is rounding noise
             # Rounding never lets it get quite there where H is singular and the residual stays large
             singular = singular | live & (reach <= size * eps**0.6) & (rest.abs() > 0.01 * norm)
-            live = live & ~broken & ~singular & (reach > 100 * eps * size) & (rest.abs() > eps * norm)
+            live = live & ~broken & ~singular & (reach > noise(vector) * size) & (rest.abs() > eps * norm)
             d, d_old = _divided(q - near * d - far * d_old, diagonal, 0.0), d
             sine_old, cosine_old = sine, cosine
             cosine, sine = _divided(here, diagonal, 0.0), _divided(beta_new, diagonal, 0.0)
@@ -86,7 +86,7 @@ class GMRes(LinearSolve):
 
     def solve(self, hvp, vector):
         steps = min(self.iterations, len(vector))
-        norm, noise = torch.linalg.vector_norm(vector), 100 * torch.finfo(vector.dtype).eps
+        norm = torch.linalg.vector_norm(vector)
         basis = vector.new_zeros(steps + 1, len(vector))  # orthonormal rows
         triangle = vector.new_zeros(steps + 1, steps)  # upper Hessenberg
         basis[0] = _divided(vector, norm, 0.0)
@@ -99,25 +99,25 @@ class GMRes(LinearSolve):
                 triangle[: k + 1, k] += part
             rest = torch.linalg.vector_norm(z)
             # What is left of z when the space is used up is rounding noise, and no direction
-            rest = torch.where(rest <= noise * size, torch.zeros_like(rest), rest)
+            rest = torch.where(rest <= noise(z) * size, torch.zeros_like(rest), rest)
             triangle[k + 1, k] = rest
             basis[k + 1] = _divided(z, rest, 0.0)
             if self.tolerance and self._residuals(triangle[: k + 2, : k + 1])[-1].item() <= self.tolerance:
                 break
         small = triangle[: k + 2, : k + 1]
         broken = ~(torch.isfinite(small).all() & torch.isfinite(norm))
-        small = finite(small)
-        y = torch.linalg.pinv(small, rtol=noise)[:, 0]
+        small = single(finite(small))
+        y = torch.linalg.pinv(small, rtol=noise(vector))[:, 0]
         missed = small @ y  # becomes the small problem's residual
         missed[0] -= 1
         residual = _ratio(norm, norm) * torch.linalg.vector_norm(missed)
         residuals = [*self._residuals(small)[:-1].clamp_min(residual), residual]
-        singular = (residual > 0.01) & (torch.linalg.matrix_rank(small, rtol=noise) < k + 1)
+        singular = (residual > 0.01) & (torch.linalg.matrix_rank(small, rtol=noise(vector)) < k + 1)
         trouble = {"non-finite": (broken, NON_FINITE), "singular": (singular, SINGULAR)}
-        w = torch.where(broken, torch.zeros_like(vector), basis[: k + 1].T @ (norm * y))
+        w = torch.where(broken, torch.zeros_like(vector), basis[: k + 1].T @ (norm * y).to(vector.dtype))
         return Solve(w, k + 1, residuals, trouble, self.tolerance or Solve.tolerance)
 
     def _residuals(self, small):
         "The relative residual after each step, (k,), from the Hessenberg matrix (k + 1, k) of full rank"
-        first = torch.linalg.qr(small, mode="complete")[0][0]  # e_1 along the orthonormal basis of the columns
+        first = torch.linalg.qr(single(small), mode="complete")[0][0]  # e_1 along the orthonormal basis of the columns
         return first.square().flip(0).cumsum(0).flip(0)[1:].sqrt()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, option, register, relative
+from .method import NON_FINITE, LinearSolve, Solve, noise, option, register, relative
 
 # %% ../../nbs/core/11_normal_cg.ipynb #449e2647
 @register("normal_cg")
@@ -45,7 +45,7 @@ class NormalCG(LinearSolve):
             if self.tolerance and residuals[-1].item() <= self.tolerance:
                 break
         tolerance = self.tolerance or Solve.tolerance
-        done = ss <= 1e4 * floor  # |s| below 100 eps of the first one, with |r| large: directions without curvature, to working precision
+        done = ss <= start * noise(vector) ** 2  # with |r| large still: no curvature in its direction, to working precision
         singular = (
             "The level's Hessian is singular and the vector has a part that it cannot reach, so the optimum is not unique; the smallest "
             "least-squares solution was taken: add weight decay to the loss."
@@ -54,5 +54,5 @@ class NormalCG(LinearSolve):
         if self.damping:
             trouble["damped"] = (done & (residuals[-1] > tolerance), f"The damped system is solved; without damping={self.damping:g} the residual would be smaller.")
         else:
-            trouble["singular"] = (done & (residuals[-1] > 0.01), singular)
+            trouble["singular"] = (done & (residuals[-1] > max(0.01, noise(vector))), singular)
         return Solve(w, len(residuals), residuals, trouble, tolerance)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, option, register, relative
+from .method import NON_FINITE, LinearSolve, Solve, option, register, relative, single
 
 # %% ../../nbs/core/14_nystrom.ipynb #ec12dd0c
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ def nystrom_sketch(
     directions,  # Omega, (n, k), orthonormal columns
 ):
     "The `Sketch` of H from k Hessian-vector products"
-    Y = torch.stack([hvp(column) for column in directions.T], dim=1)
+    Y = single(torch.stack([hvp(column) for column in directions.T], dim=1))
+    directions = single(directions)
     core = directions.T @ Y
     if not torch.isfinite(Y).all():
         return Sketch(Y[:, :0], core[:0, 0])
@@ -54,14 +55,15 @@ class Nystrom(LinearSolve):
 
     def solve_with(self, sketch, vector):
         "w = (H + damping I)^-1 vector, (n,), with the Hessian of the `sketch`"
+        dtype, vector = vector.dtype, vector.to(sketch.basis.dtype)
         U = sketch.basis
         inside = U.T @ vector
         w = U @ (inside / (sketch.values + self.damping))
         if U.shape[1] == len(vector):
-            return w  # nothing is left over but rounding errors, which 1 / damping would magnify
+            return w.to(dtype)  # nothing is left over but rounding errors, which 1 / damping would magnify
         outside = vector - U @ inside
         outside = outside - U @ (U.T @ outside)
-        return w + outside / self.damping
+        return (w + outside / self.damping).to(dtype)
 
     def solve(self, hvp, vector):
         sketch = nystrom_sketch(hvp, self._directions(len(vector), vector.dtype, vector.device))
@@ -81,7 +83,7 @@ class Nystrom(LinearSolve):
             directions = torch.zeros(n, k, dtype=dtype, device=device)
             directions[torch.randperm(n, generator=generator)[:k], torch.arange(k)] = 1
             return directions
-        return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=dtype).to(device))[0]
+        return torch.linalg.qr(torch.randn(n, k, generator=generator).double())[0].to(device, dtype)
 
     def _indefinite(self, sketch):
         return lambda: (

@@ -61,11 +61,15 @@ class Sweep:
     def __init__(self, graph, problems, source, targets, methods=None, hessian=None):
         self.graph, self.problems, self.source, self.targets = graph, problems, source, targets
         self.methods, self.hessian = methods or {}, hessian
-        self.total = tuple(j for j in graph.below(source) if graph.receivers(j) and (hessian or problems[j].hessian) == "total")
+        self.total = tuple(j for j in graph.below(source) if graph.receivers(j) and self._hessian(problems[j]) == "total")
         self.flow = graph.flow(source, targets, self.total)
         self.theta = {j: list(problems[j].meta_trainable_parameters()) for j in self.flow}
         self.theta.update({t: list(problems[t].trainable_parameters()) for t in targets})
         self.passages = {}
+
+    def _hessian(self, problem):
+        # An iterative level has no Hessian: the levels below it are held as they were at its steps.
+        return "direct" if getattr(problem, "kind", "implicit") == "iterative" else self.hessian or problem.hessian
 
     def run(self, loss=None):
         "The pair (direct, indirect) of {target: list of tensors}"
@@ -94,6 +98,8 @@ class Sweep:
         "The Passage through level `j`, and what leaves it as {name: list of tensors or None}"
         problem, vector = self.problems[j], flatten(adjoint, self.theta[j])
         method = self.methods.get(j, problem.method)
+        if method.serves != getattr(problem, "kind", "implicit"):
+            raise ValueError(f"Level {j!r}: {method.refusal(problem)}")
         start = time.perf_counter()
         with undisturbed([p.module for p in self.problems.values()], torch_only=True):
             local = self.linearize(j, method)

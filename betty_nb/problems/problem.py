@@ -9,6 +9,7 @@ __all__ = ['to_device', 'Source', 'loaders_of', 'Problem', 'ImplicitProblem', 'm
 import dataclasses
 import inspect
 from collections.abc import Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -80,6 +81,8 @@ def loaders_of(loader):
 class Problem:
     "One level: what is learned (module), how (optimizer, scheduler), from which data (train_data_loader) and towards what (training_step)"
 
+    kind = "implicit"  # how hypergradients pass through it: at its optimum, or through its steps ("iterative")
+
     def __init__(self, name, config=None, module=None, optimizer=None, scheduler=None, train_data_loader=None, extra_config=None):
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"A level's name must be usable as an attribute (self.{'inner'}), got {name!r}: use letters, digits and _.")
@@ -133,6 +136,10 @@ class Problem:
     def configure_train_data_loader(self):
         "Override to build the loader when none is passed"
         return self.train_data_loader
+
+    def start_unroll(self):
+        "Begin an unroll; called before its first step"
+        self.on_inner_loop_start()
 
     def on_inner_loop_start(self):
         "Called before the first step of each unroll"
@@ -201,6 +208,8 @@ class Problem:
                 f"Level {self.name!r} has no optimizer: pass one (optimizer=torch.optim.SGD(module.parameters(), lr=0.1)), "
                 "or override configure_optimizer or custom_optimizer_step."
             )
+        if self.method.serves != self.kind:
+            raise ValueError(f"Level {self.name!r}: {self.method.refusal(self)}")
         own_batches = type(self).get_batch is not Problem.get_batch
         if self.train_data_loader is None and self._takes_batch and not own_batches:
             raise ValueError(
@@ -286,6 +295,18 @@ class Problem:
         if unused:
             raise ValueError(f"The loss of {self.name!r} does not use its parameter {unused[0]!r}: use it, freeze it, or set Config(allow_unused=True).")
 
+    @contextmanager
+    def gradient_aside(self):
+        "Inside, the gradient gathered so far is put aside"
+        parameters = self.trainable_parameters()
+        gathered = [p.grad for p in parameters]
+        self.zero_grad()
+        try:
+            yield
+        finally:
+            for p, grad in zip(parameters, gathered):
+                p.grad = grad
+
     def add_gradient(self, grads):
         "Add `grads`, a list along the trainable parameters, to their `.grad`"
         scale = self.config.gradient_accumulation
@@ -332,7 +353,25 @@ class Problem:
         "Make one step now, and every step of upper levels that falls due with it"
         self.engine.step_problem(self.name)
 
+    # For snapshots
+
+    def memory(self):
+        "What a snapshot of the level keeps besides parameters, optimizer and counters; nothing in it may be written to later"
+        return None
+
+    def recall(self, memory):
+        "Put back what `memory` gave, once all levels have their parameters back"
+
     # What Betty programs call
+
+    @property
+    def cur_batch(self):
+        "The present batch"
+        return self.batch
+
+    def training_step_exec(self, batch):
+        "The loss on `batch`, a scalar tensor with its graph"
+        return self._split(self.training_step(batch) if self._takes_batch else self.training_step())[0]
 
     def state_dict(self):
         "Module, optimizer and scheduler"

@@ -1,0 +1,532 @@
+"""Iterative differentiation, for what the notebooks do not show: every optimizer in a real program, time travel, mixtures of levels, faults."""
+
+import copy
+
+import pytest
+import torch
+
+from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProblem, ImplicitProblem, IterativeProblem
+from betty_nb.hypergradient import ForwardMode, Unroll
+from tests.programs import BOTH, bits, same
+
+DOUBLE = torch.float64
+X, Y = (t.to(DOUBLE) for t in torch.randn(2, 24, 4, generator=torch.Generator().manual_seed(0)))
+Y = Y[:, :1]
+
+
+class Vector(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.as_tensor(value, dtype=DOUBLE).clone())
+
+    def forward(self):
+        return self.value
+
+
+class Inner(IterativeProblem):
+    def training_step(self, batch):
+        x, y = batch
+        decay = sum((self.outer()[i].exp() * p.square()).sum() for i, p in enumerate(self.trainable_parameters()))
+        return (self.module(x) - y).square().mean() + decay
+
+
+class Outer(ImplicitProblem):
+    def training_step(self, batch):
+        return (self.inner(X[14:]) - Y[14:]).square().mean()
+
+
+def network(noise=False):
+    between = [torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.3)] if noise else []
+    return torch.nn.Sequential(torch.nn.Linear(4, 5), *between, torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+
+
+START = torch.tensor([-2.0, -1.5, -3.0, -2.2, -2.0, -2.5], dtype=DOUBLE)
+
+
+def program(h=START, make=torch.optim.SGD, cls=Inner, noise=False, scheduler=None, config=None, net=None, outer=Outer, loader=None, **options):
+    torch.manual_seed(1)
+    net, top = net or network(noise), Vector(h)
+    optimizer = make(net.parameters(), **{"lr": 0.1, **options}) if isinstance(make, type) else make(net, top)
+    inner = cls(
+        "inner", config or Config(unroll_steps=10), net, optimizer, scheduler and scheduler(optimizer), loader or [(X[:7], Y[:7]), (X[7:14], Y[7:14])]
+    )
+    upper = outer("outer", None, top, torch.optim.SGD(top.parameters(), lr=0.1), train_data_loader=[0])
+    return Engine([upper, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
+
+
+def at_hypergradient(engine, level="outer"):
+    while (engine.next_action.kind, engine.next_action.level) != ("hypergradient", level):
+        engine.advance()
+    return engine
+
+
+def central(h=START, width=1e-5, **options):
+    "Central differences of the loss of the outer level over whole programs"
+    h = torch.as_tensor(h, dtype=DOUBLE)
+
+    def loss(at):
+        return at_hypergradient(program(at, **options)).outer.loss().item()
+
+    return torch.tensor([(loss(h + width * e) - loss(h - width * e)) / (2 * width) for e in torch.eye(len(h), dtype=DOUBLE)], dtype=DOUBLE)
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def probed(engine, method=None):
+    result = engine.probe("outer", methods=method and {"inner": method})
+    return result.total[0], result.passages["inner"].solve
+
+
+OPTIMIZERS = {
+    "SGD": dict(make=torch.optim.SGD, lr=0.1),
+    "momentum": dict(make=torch.optim.SGD, momentum=0.9, weight_decay=0.01),
+    "Nesterov": dict(make=torch.optim.SGD, momentum=0.9, nesterov=True),
+    "dampening": dict(make=torch.optim.SGD, momentum=0.9, dampening=0.4, weight_decay=0.01),
+    "Adam": dict(make=torch.optim.Adam, lr=0.05, weight_decay=0.01),
+    "amsgrad": dict(make=torch.optim.Adam, lr=0.05, amsgrad=True),
+    "AdamW": dict(make=torch.optim.AdamW, lr=0.05, weight_decay=0.1),
+    "RMSprop": dict(make=torch.optim.RMSprop, lr=0.01, centered=True, momentum=0.5),
+    "Adagrad": dict(make=torch.optim.Adagrad, lr=0.1, lr_decay=0.1),
+    "Adadelta": dict(make=torch.optim.Adadelta, lr=1.0),
+    "Adamax": dict(make=torch.optim.Adamax, lr=0.05),
+    "NAdam": dict(make=torch.optim.NAdam, lr=0.05),
+    "RAdam": dict(make=torch.optim.RAdam, lr=0.05),
+    "ASGD": dict(make=torch.optim.ASGD, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_against_central_differences_of_the_whole_program(name):
+    engine = at_hypergradient(program(**OPTIMIZERS[name]))
+    reverse, solve = probed(engine)
+    assert solve.status == "fixed" and solve.iterations == 10
+    assert error(reverse, central(**OPTIMIZERS[name])) < 1e-6
+    assert error(probed(engine, ForwardMode())[0], reverse) < 1e-10
+
+
+def one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=30)  # moves the momentum too
+
+
+ACCUMULATE = Config(unroll_steps=6, gradient_accumulation=2, gradient_clipping=0.3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(make=torch.optim.Adam, scheduler=one_cycle),
+        dict(momentum=0.9, scheduler=one_cycle, noise=True),
+        dict(momentum=0.9, config=ACCUMULATE),
+        dict(make=lambda net, top: torch.optim.Adam([{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters(), "lr": 0.01}])),
+        dict(config=Config(unroll_steps=10, type=Unroll(checkpoint=3)), make=torch.optim.Adam, noise=True),
+    ],
+    ids=["scheduler", "scheduler, dropout and BatchNorm", "accumulation and clipping", "groups", "checkpoint"],
+)
+def test_through_schedulers_groups_noise_and_accumulation(options):
+    engine = at_hypergradient(program(**options))
+    reverse, solve = probed(engine)
+    assert solve.status == "fixed"
+    assert error(probed(engine, ForwardMode())[0], reverse) < 1e-10
+    assert error(reverse, central(**options)) < 1e-6
+
+
+def test_defect_1_iterative_differentiation_runs():
+    "Betty's does not run at all on current torch"
+    assert HigherIterativeProblem is IterativeProblem
+    engine = program(make=torch.optim.Adam)
+    before = engine.outer().clone()
+    engine.run(100)
+    assert engine.outer.steps == 10 and not torch.equal(engine.outer(), before)
+
+
+def test_no_nan_from_the_square_root_at_zero():
+    class Dead(Inner):
+        def training_step(self, batch):
+            x, y = batch
+            return (self.module[1](torch.relu(self.module[0](x) - 50)) - y).square().mean() + self.outer()[0].exp() * self.module[1].bias.square().sum()
+
+    for make in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta):
+        net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)).double()
+        engine = at_hypergradient(program(cls=Dead, make=make, net=net, outer=Plain))
+        for method in (None, ForwardMode()):
+            gradient, solve = probed(engine, method)
+            assert solve.status == "fixed" and gradient.isfinite().all() and gradient.norm() > 0, make
+
+
+class Plain(ImplicitProblem):
+    def training_step(self, batch):
+        return sum((p - 1).square().sum() for p in self.inner.trainable_parameters())
+
+
+def test_truncated():
+    engine = at_hypergradient(program())
+    full, _ = probed(engine)
+    errors = [error(probed(engine, Unroll(truncate=k, checkpoint=4))[0], full) for k in range(1, 11)]
+    assert errors[-1] < 1e-12 and errors[0] > errors[4] > errors[8] > 1e-6 and probed(engine, Unroll(truncate=3))[1].iterations == 3
+    kept = at_hypergradient(program(config=Config(unroll_steps=10, type=Unroll(truncate=3, checkpoint=2))))
+    assert 3 <= len(kept.inner.path) <= 5, "steps before the last three, up to a stretch, are not kept"
+    assert error(probed(kept)[0], probed(engine, Unroll(truncate=3))[0]) < 1e-12
+    assert probed(kept, Unroll())[1].status == "incomplete"
+
+
+class Rate(Inner):
+    def training_step(self, batch):
+        x, y = batch
+        return (self.module(x) - y).square().mean()
+
+    def optimizer_options(self):
+        return {"lr": self.outer()[0].exp()}
+
+
+RATES = {k: dict(v, lr=0.5) for k, v in OPTIMIZERS.items() if k not in ("ASGD",)}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_learning_rate_as_an_upper_level(name):
+    options = dict(RATES[name], cls=Rate, h=[-3.0])
+    engine = at_hypergradient(program(**options))
+    reverse, solve = probed(engine)
+    assert solve.status == "fixed" and error(reverse, central(**options)) < 1e-6
+    assert error(probed(engine, ForwardMode())[0], reverse) < 1e-10
+
+
+class Several(Rate):
+    def optimizer_options(self):
+        first, second, decay = self.outer().sigmoid()
+        return {"betas": (first, second), "weight_decay": decay}
+
+
+def test_other_learned_options():
+    options = dict(cls=Several, h=[2.0, 3.0, -3.0], make=torch.optim.Adam, lr=0.05)
+    assert error(probed(at_hypergradient(program(**options)))[0], central(**options)) < 1e-6
+
+    class Momentum(Rate):
+        def optimizer_options(self):
+            return {"momentum": self.outer()[0].sigmoid(), "weight_decay": self.outer()[1].exp()}
+
+    options = dict(cls=Momentum, h=[1.0, -3.0], nesterov=True, momentum=0.5)
+    assert error(probed(at_hypergradient(program(**options)))[0], central(**options)) < 1e-6
+
+
+def test_a_rate_that_is_itself_the_upper_parameter():
+    class Bare(Rate):
+        def optimizer_options(self):
+            return {}
+
+    for make in (torch.optim.SGD, torch.optim.Adam):
+        options = dict(cls=Bare, h=0.05, make=lambda net, top, make=make: make(net.parameters(), lr=top.value))
+        engine = at_hypergradient(program(**options))
+        up, down = (at_hypergradient(program(**{**options, "h": 0.05 + d})).outer.loss().item() for d in (1e-5, -1e-5))
+        assert abs(probed(engine)[0].item() - (up - down) / 2e-5) < 1e-6
+    debugger = Debugger(engine)
+    debugger.step(3)
+    debugger.back(2)
+    assert engine.inner.optimizer.param_groups[0]["lr"] is engine.outer.module.value, "going back keeps the tie"
+
+
+# MAML
+
+
+class Adapt(IterativeProblem):
+    "Begins each unroll at the parameters of the upper level"
+
+    def training_step(self, batch):
+        x, y = batch
+        return (self.module(x) - y).square().mean()
+
+    def initial_parameters(self):
+        return self.outer.module.parameters()
+
+
+class Copied(Adapt):
+    "The same as Betty programs write it"
+
+    def initial_parameters(self):
+        return None
+
+    def on_inner_loop_start(self):
+        self.module.load_state_dict(self.outer.module.state_dict())
+
+
+def maml(cls, move=0.0, entry=0, config=None):
+    torch.manual_seed(3)
+    x = torch.rand(10, 1, dtype=DOUBLE) * 6 - 3
+    task, query = (x, torch.sin(x + 0.5)), (x + 0.1, torch.sin(x + 0.6))
+    meta = torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)).double()
+    net = copy.deepcopy(meta)
+    with torch.no_grad():
+        meta[0].weight.view(-1)[entry] += move
+
+    class Meta(ImplicitProblem):
+        def training_step(self, batch):
+            return (self.inner(query[0]) - query[1]).square().mean()
+
+    inner = cls("inner", config or Config(unroll_steps=5), net, torch.optim.SGD(net.parameters(), lr=0.1), train_data_loader=[task])
+    outer = Meta("outer", None, meta, torch.optim.Adam(meta.parameters(), lr=0.01), train_data_loader=[0])
+    return Engine([outer, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
+
+
+@pytest.mark.parametrize("cls", [Adapt, Copied])
+def test_maml_against_central_differences(cls):
+    gradient = at_hypergradient(maml(cls)).probe("outer").total[0].view(-1)
+    central = []
+    for entry in range(6):
+        up, down = (at_hypergradient(maml(cls, move, entry)).outer.loss().item() for move in (1e-5, -1e-5))
+        central.append((up - down) / 2e-5)
+    assert error(gradient, torch.tensor(central, dtype=DOUBLE)) < 1e-6
+    engine = at_hypergradient(maml(cls))
+    forward = engine.probe("outer", methods={"inner": ForwardMode()}).total
+    assert all(error(a, b) < 1e-10 for a, b in zip(forward, engine.probe("outer").total))
+
+
+@pytest.mark.parametrize("cls", [Adapt, Copied])
+def test_first_order_maml_is_the_plain_gradient(cls):
+    engine = at_hypergradient(maml(cls, config=Config(unroll_steps=5, type=Unroll(first_order=True))))
+    plain = torch.autograd.grad(engine.outer.loss(), engine.inner.trainable_parameters())
+    assert all(error(a, b) < 1e-12 for a, b in zip(engine.probe("outer").total, plain))
+
+
+def test_maml_learns():
+    engine = maml(Adapt)
+    at_hypergradient(engine)
+    before = engine.outer.loss().item()
+    engine.run(1000)
+    assert at_hypergradient(engine).outer.loss().item() < 0.5 * before
+
+
+# Looking and going back
+
+
+def noisy(config=None):
+    data = torch.utils.data.TensorDataset(X[:14], Y[:14])
+    loader = torch.utils.data.DataLoader(data, batch_size=5, shuffle=True)
+    return program(make=torch.optim.Adam, noise=True, config=config or Config(unroll_steps=7), loader=loader, lr=0.01)
+
+
+def test_looking_leaves_everything_as_it_is():
+    plain, looked = noisy(), noisy()
+    plain.run(16)
+    torch.manual_seed(1)
+    looked = noisy()
+    while looked.completed < 16:
+        before = bits(looked), torch.get_rng_state(), looked.inner.optimizer, looked.inner.batch, (looked.inner.count, looked.inner.steps)
+        for method in (Unroll(), ForwardMode(), Unroll(truncate=2)) if looked.global_step % 5 == 0 else (Unroll(checkpoint=2),):
+            looked.probe("outer", methods={"inner": method})
+        after = bits(looked), torch.get_rng_state(), looked.inner.optimizer, looked.inner.batch, (looked.inner.count, looked.inner.steps)
+        assert same(before[0], after[0]) and torch.equal(before[1], after[1]) and before[2:] == after[2:]
+        looked.advance()
+    assert same(bits(plain), bits(looked))
+
+
+def test_an_interrupt_inside_a_pull_back_leaves_everything_as_it_is():
+    engine = at_hypergradient(noisy())
+    parameters = engine.inner.trainable_parameters()
+    before, net = bits(engine), engine.inner.module
+    for calls in (1, 4, 8):
+        left = [calls]
+
+        def interrupt(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+
+        handle = net.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.probe("outer")
+        handle.remove()
+        assert same(before, bits(engine)) and all(a is b for a, b in zip(parameters, net.parameters()))
+        assert all(isinstance(p, torch.nn.Parameter) for p in net.parameters())
+
+
+def test_going_back_and_forth_gives_the_same_bits():
+    straight = noisy()
+    straight.run(40)
+    debugger = Debugger(noisy())
+    engine = debugger.engine
+    debugger.timeline.time_share = 1e-9  # hardly any snapshots, so that most of the way is replayed
+    while engine.completed < 24:
+        engine.advance()
+    middle, at, hypergradient = bits(engine), debugger.timeline.index, engine.probe("outer").total
+    engine.run(16)
+    assert same(bits(engine), bits(straight))
+    debugger.goto(at)
+    assert same(bits(engine), middle)
+    assert all(torch.equal(a, b) for a, b in zip(engine.probe("outer").total, hypergradient))
+    engine.run(16)
+    assert same(bits(engine), bits(straight))
+
+
+def test_stepping_back_in_the_middle_of_an_unroll():
+    debugger = Debugger(noisy())
+    debugger.step(18)  # a snapshot before each
+    states = []
+    for _ in range(12):
+        states.append((bits(debugger.engine), debugger.engine.probe("outer").total[0], debugger.timeline.index))
+        debugger.back(1)
+    for state, hypergradient, index in reversed(states):
+        while debugger.timeline.index < index:
+            debugger.step(1)
+        assert same(state, bits(debugger.engine)) and torch.equal(hypergradient, debugger.engine.probe("outer").total[0])
+    assert debugger.timeline.nbytes > sum(s.nbytes for s in debugger.timeline.snapshots), "what the paths hold counts towards the budget"
+
+
+def test_steps_by_hand_belong_to_the_path():
+    engine = program(make=torch.optim.Adam)
+    for _ in range(9):
+        engine.advance()
+    engine.by_hand("inner")
+    at_hypergradient(engine)
+    result, solve = probed(engine)
+    assert (solve.iterations, solve.status) == (11, "fixed")
+    assert error(result, probed(engine, ForwardMode())[0]) < 1e-10
+
+
+# Mixtures of levels
+
+
+def three(kinds, move=0.0):
+    "top sees mid and low, mid sees low; `kinds` of mid and low"
+    torch.manual_seed(0)
+    A, B = (torch.eye(3, dtype=DOUBLE) + 0.2 * torch.randn(3, 3, dtype=DOUBLE) for _ in range(2))
+
+    class Low(kinds[1]):
+        def training_step(self):
+            return 0.5 * (A @ self.module() - self.top().sin()).square().sum() + 0.01 * self.module().pow(4).sum()
+
+    class Mid(kinds[0]):
+        def training_step(self):
+            return 0.5 * (B @ self.module() - self.low()).square().sum() + 0.01 * self.module().pow(4).sum()
+
+    class Top(ImplicitProblem):
+        def training_step(self):
+            return (self.mid() - 1).square().sum()
+
+    def level(cls, name, value, **config):
+        module = Vector(torch.full((3,), value, dtype=DOUBLE))
+        return cls(name, Config(**config), module, torch.optim.SGD(module.parameters(), lr=0.3, momentum=0.2))
+
+    low = level(Low, "low", 0.2, unroll_steps=80, **({"type": "exact"} if kinds[1] is ImplicitProblem else {}))
+    mid = level(Mid, "mid", 0.1, unroll_steps=1, **({"type": "exact"} if kinds[0] is ImplicitProblem else {}))
+    mid.config.unroll_steps = 60 if kinds[0] is IterativeProblem else 80
+    top = level(Top, "top", 0.5)
+    top.module.value.data[0] += move
+    edges = {"u2l": {top: [low]}, "l2u": {low: [mid], mid: [top]}}
+    return Engine([top, mid, low], EngineConfig(train_iters=10**6, strategy="cpu"), edges)
+
+
+@pytest.mark.parametrize("kinds", [(IterativeProblem, ImplicitProblem), (ImplicitProblem, IterativeProblem), (IterativeProblem, IterativeProblem)])
+def test_iterative_and_implicit_levels_in_one_program(kinds):
+    "All levels are solved, so that every method must find the derivative of the solution"
+    engine = at_hypergradient(three(kinds), "top")
+    gradient = engine.probe("top").total[0][0].item()
+    up, down = (at_hypergradient(three(kinds, move), "top").top.loss().item() for move in (1e-4, -1e-4))
+    assert abs(gradient - (up - down) / 2e-4) < 1e-5 * abs(gradient)
+
+
+def test_recurrent_and_tied_parameters():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = torch.nn.GRU(1, 3, batch_first=True), torch.nn.Linear(3, 1)
+            self.tied = self.out
+
+        def forward(self, x):
+            return self.tied(self.rnn(x[:, :, None])[0][:, -1]) + self.out.bias
+
+    def options():
+        torch.manual_seed(0)
+        return dict(net=Net().double(), make=torch.optim.Adam)
+
+    engine = at_hypergradient(program(**options()))
+    reverse, solve = probed(engine)
+    assert solve.status == "fixed"
+    loss = lambda h: at_hypergradient(program(h, **options())).outer.loss().item()  # noqa: E731
+    difference = torch.tensor([(loss(START + 1e-5 * e) - loss(START - 1e-5 * e)) / 2e-5 for e in torch.eye(6, dtype=DOUBLE)], dtype=DOUBLE)
+    assert error(reverse, difference) < 1e-6
+
+
+def test_hooks_written_for_no_grad_are_differentiated():
+    class Hooked(Inner):
+        def grad_callback(self):
+            torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), 0.5)
+
+        def custom_optimizer_step(self):
+            with torch.no_grad():
+                for p in self.trainable_parameters():
+                    if p.grad is not None:
+                        p.data.sub_(0.2 * p.grad / (1 + p.grad.norm()))
+
+        def param_callback(self):
+            for p in self.module.parameters():
+                p.data.clamp_(-0.15, 0.15)
+
+    options = dict(cls=Hooked, h=START - 4)
+    engine = at_hypergradient(program(**options))
+    assert (engine.inner.module[0].weight.abs() == 0.15).any()
+    assert error(probed(engine)[0], central(**options)) < 1e-6
+
+
+# Faults
+
+
+def test_a_step_that_cannot_be_repeated_is_reported():
+    generator = torch.Generator().manual_seed(0)
+
+    class Own(Inner):
+        def training_step(self, batch):
+            return super().training_step(batch) * (1 + torch.rand((), generator=generator, dtype=DOUBLE))
+
+    solve = probed(at_hypergradient(program(cls=Own)))[1]
+    assert solve.status == "not reproduced" and "generator" in solve.advice
+
+
+def test_counters_and_slow_generators_are_repeated():
+    import random
+
+    class Annealed(Inner):
+        def training_step(self, batch):
+            return super().training_step(batch) * (1 + random.random() + 0.1 * self.count)
+
+    random.seed(0)
+    assert probed(at_hypergradient(program(cls=Annealed, config=Config(unroll_steps=70))))[1].status == "fixed"
+
+
+def test_nothing_unrolled_yet():
+    gradient, solve = probed(program())
+    assert solve.status == "no steps" and gradient.norm() == 0
+
+
+def test_divergence_is_reported():
+    gradient, solve = probed(at_hypergradient(program(lr=1e40)))
+    assert solve.status in ("non-finite", "not reproduced") and gradient.isfinite().all()
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="Level 'inner' can't be an IterativeProblem: the steps of Rprop"):
+        program(make=torch.optim.Rprop)
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
+        program(make=torch.optim.LBFGS)
+    with pytest.raises(ValueError, match="SparseAdam"):
+        program(make=torch.optim.SparseAdam)
+    with pytest.raises(ValueError, match="Level 'inner': cg differentiates the optimum of a level, so it is for an ImplicitProblem"):
+        program(config=Config(type="cg"))
+
+    class Implicit(ImplicitProblem):
+        training_step = Inner.training_step
+
+    with pytest.raises(ValueError, match="Level 'inner': unroll differentiates the steps of an unroll, so it is for an IterativeProblem"):
+        program(cls=Implicit, config=Config(type="unroll"))
+    engine = at_hypergradient(program())
+    with pytest.raises(ValueError, match="for an ImplicitProblem"):
+        engine.probe("outer", methods={"inner": Config(type="cg").method})
+    with pytest.raises(ValueError, match="over its limit of 2"):
+        probed(engine, ForwardMode(limit=2))
+    debugger = Debugger(engine)
+    with pytest.raises(ValueError, match="can't be used on level 'inner'"):
+        debugger.swap("inner", "cg")
+    debugger.swap("inner", "unroll", truncate=3)
+    rows = {r.method: r for r in debugger.compare("outer").rows}
+    assert rows["forward_mode"].error < 1e-10 and rows["cg"].error is None
+    assert debugger.hypergradient("outer").error > 0, "truncated, compared with the whole unroll"
