@@ -81,7 +81,9 @@ class Differentiating(TorchFunctionMode):
         self._meant = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = [self.meant(x) for x in args], {k: self.meant(x) for k, x in (kwargs or {}).items()}
+        kwargs = kwargs or {}
+        if self._meant:
+            args, kwargs = [self.meant(x) for x in args], {k: self.meant(x) for k, x in kwargs.items()}
         name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__"):
             return self._attribute(function, args)

@@ -330,3 +330,46 @@ def test_the_direction_is_that_of_the_exact_hypergradient(method):
     assert cosine > {"evolution": 0.9, "reinforce": 0.9}.get(method.name, 0.99)
     if method.name == "penalty":
         assert (found - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("method", [Penalty(iterations=40, sigma=1e-4), Evolution(samples=400, steps=20)], ids=["penalty", "evolution"])
+def test_a_middle_level_answers_with_its_total_gradient(method):
+    "top > low < mid < top: the optimum of `mid` depends on what `low` answers, which a copy of `mid` must take along"
+    torch.manual_seed(0)
+    n = 3
+    A, B, C = (torch.randn(n, n, dtype=torch.float64) / n for _ in range(3))
+    A, B = A @ A.T + torch.eye(n), B @ B.T + torch.eye(n)
+
+    class Low(ImplicitProblem):
+        def training_step(self):
+            low = self.module()
+            return 0.5 * low @ A @ low - low @ (self.top() + 0.8 * C @ self.mid())
+
+    class Mid(ImplicitProblem):
+        def training_step(self):
+            mid = self.module()
+            return 0.5 * mid @ B @ mid - mid @ self.low() + 0.3 * self.low().square().sum()
+
+    class Top(ImplicitProblem):
+        def training_step(self):
+            return (self.mid() - 1).square().sum() + 0.1 * self.module().square().sum()
+
+    def make(cls, config):
+        module = Vector(n).double()
+        torch.nn.init.normal_(module.value)
+        return cls(cls.__name__.lower(), config, module, torch.optim.SGD(module.parameters(), lr=0.1))
+
+    levels = [make(Top, Config()), make(Mid, Config(type="exact", hessian="total")), make(Low, Config(type="exact"))]
+    edges = {"u2l": {"top": ["low"], "mid": ["low"]}, "l2u": {"low": ["mid"], "mid": ["top"]}}
+    engine = Engine(levels, EngineConfig(strategy="cpu"), edges)
+    exact = engine.probe("top")
+    found = engine.probe("top", methods={"mid": method, "low": Exact()})
+    engine.level("mid").config.hessian = "direct"
+    direct = engine.probe("top")
+
+    def off(result):
+        return ((result.indirect[0] - exact.indirect[0]).norm() / exact.indirect[0].norm()).item()
+
+    error = found.passages["mid"].solve.standard_error
+    allowed = 1e-4 if error is None else 3 * error.item() / exact.indirect[0].norm().item()
+    assert off(found) < allowed < off(direct), (off(found), allowed, off(direct))

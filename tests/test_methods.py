@@ -10,6 +10,7 @@ from betty_nb import CG, Config
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import METHODS, LinearSolve, make_method, register
 from tests.programs import bits, noisy_program, ridge_program, same
+from tests.test_sweep import diamond, program
 
 N = 20
 SOLVERS = [name for name, cls in METHODS.items() if issubclass(cls, LinearSolve)]
@@ -276,13 +277,13 @@ def test_neumann_sums_as_many_terms_as_betty():
 # Betty's function form
 
 
-def betty_cg(vector, curr, prev):
+def betty_cg(vector, curr, prev, steps=N):
     "Conjugate gradient as one writes it for Betty"
     loss = curr.training_step_exec(curr.cur_batch)
     gradient = torch.autograd.grad(loss, curr.meta_trainable_parameters(), create_graph=True)
     x, r = [torch.zeros_like(v) for v in vector], [v.clone() for v in vector]
     p = [v.clone() for v in vector]
-    for _ in range(N):
+    for _ in range(steps):
         hp = torch.autograd.grad(gradient, curr.meta_trainable_parameters(), p, retain_graph=True)
         rr = sum((a * a).sum() for a in r)
         alpha = rr / sum((a * b).sum() for a, b in zip(p, hp))
@@ -323,6 +324,14 @@ def test_a_function_in_bettys_form(registered):
     engine.run(5)
 
 
+def test_a_function_in_bettys_form_at_any_depth(registered):
+    registered("betty_cg", lambda vector, curr, prev: betty_cg(vector, curr, prev, steps=4))
+    engine = program(*diamond(2), methods="betty_cg")
+    result = engine.probe("top")
+    exact = engine.probe("top", methods=dict.fromkeys(result.passages, make_method("exact")))
+    assert len(result.passages) == 6 and relative_error(result, exact.indirect[0].double()) < 1e-8
+
+
 def test_a_function_in_bettys_form_leaves_no_trace(registered):
     registered("betty_identity", lambda vector, curr, prev: [
         -g for g in torch.autograd.grad(
@@ -340,7 +349,9 @@ def test_a_function_in_bettys_form_leaves_no_trace(registered):
 def test_a_function_that_returns_the_wrong_thing(registered):
     registered("short", lambda vector, curr, prev: [])
     engine, _ = ridge_program("short")
-    with pytest.raises(ValueError, match=r"short\(vector, curr, prev\) must return one tensor for each .*'outer' with the shapes \[\(20,\)\], got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"short\(vector, curr, prev\) must return one tensor for each .*'outer' with the shapes \[\(20,\)\], got \[\]"
+    ):
         engine.probe("outer")
     registered("nan", lambda vector, curr, prev: [torch.full_like(p, torch.nan) for p in prev.trainable_parameters()])
     engine.inner.config.type = "nan"

@@ -156,6 +156,8 @@ def _check(graph, problems, level, methods, directions, radius, tolerance, seed)
         return problems[level].loss().detach()
 
     taken = take()
+    if not torch.isfinite(taken).all():
+        raise ValueError(f"The hypergradient of {level!r} is not finite now, so there is nothing to check: go back to where the losses were finite.")
     exact = dict.fromkeys(graph.below(level), Exact(limit=1024))
     fits = not any(m.refuses(problems[j]) for j, m in exact.items())
     here = take(exact, "total") if fits else None

@@ -427,7 +427,8 @@ class Debugger:
         name = self._upper(level)
         through = self._through(name)
         present = {j: self.engine.level(j).method for j in through}
-        chosen = list(METHODS) if methods is None else [methods] if isinstance(methods, (str, Method)) else list(methods)
+        kinds = {self.engine.level(j).kind for j in through}
+        chosen = [k for k, m in METHODS.items() if m.serves in kinds] if methods is None else [methods] if isinstance(methods, (str, Method)) else list(methods)
         with self.engine._lock:
             exact = self._reference(name)
             rows = [self._comparison_row(name, present, ", ".join(dict.fromkeys(map(str, present.values()))), exact, seconds, True)]
@@ -444,22 +445,20 @@ class Debugger:
         reason = next(filter(None, (m.refusal(self.engine.level(j)) for j, m in methods.items())), "")
         try:
             if not reason:
-                self.engine.probe(name, methods=methods)  # the first call of a kind pays for loading kernels
+                result, first = self._timed(name, methods)  # pays for loading kernels, so it counts only if it is the only one
         except (ValueError, NotImplementedError) as error:
             reason = str(error)
         if reason:
             return ComparisonRow(method.name, options, label, None, None, None, None, reason, current)
-        times, end = [], time.perf_counter() + seconds
-        while len(times) < 3 or (len(times) < 15 and time.perf_counter() < end):
+        times, end = [], time.perf_counter() + seconds - first / 1e3
+        while len(times) < 15 and time.perf_counter() < end:
             result, ms = self._timed(name, methods)
             times.append(ms)
-            if time.perf_counter() > end:
-                break
         error, cosine = _compare(flatten(result.indirect), exact)
         passages = result.passages.values()
         status = ", ".join(dict.fromkeys(p.solve.status for p in passages))
         return ComparisonRow(
-            method.name, options, label, error, cosine, statistics.median(times), sum(p.hvps for p in passages), status, current
+            method.name, options, label, error, cosine, statistics.median(times or [first]), sum(p.hvps for p in passages), status, current
         )
 
     def _timed(self, name, methods):

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import random
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -157,9 +157,14 @@ class Linearization:
         "For each level x of `wrt` the product (d2C / dx dtheta) vector, as {name: list of tensors or None}"
         return self._by_level(self._vjp(vector, self._flat_wrt()))
 
-    def own_gradient(self):
-        "The gradient dC/dtheta (n,), without a graph"
-        return flatten(torch.autograd.grad(self.loss(), self.theta, allow_unused=True), self.theta)
+    def own_gradient(self, step=None, moved=None):
+        "The gradient dC/dtheta (n,), without a graph, at theta + step, step (n,), and at levels x of `wrt` moved by moved[x], (size of x,)"
+        with ExitStack() as stack:
+            if step is not None:
+                stack.enter_context(displaced(self.theta, unflatten(step, self.theta)))
+            for x, move in (moved or {}).items():
+                stack.enter_context(displaced(self.wrt[x], unflatten(move, self.wrt[x])))
+            return flatten(torch.autograd.grad(self.loss(), self.theta, allow_unused=True), self.theta)
 
     def force(self, moves, parameters):
         "The change (n,) of the level's gradient when other levels move by `moves`, {name: (n,)}, with parameters(name); None when it does not change"

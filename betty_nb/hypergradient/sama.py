@@ -128,9 +128,9 @@ class Sama(Method):
         if type(optimizer) is torch.optim.SGD:
             scale = flatten(update_derivative(optimizer, level.theta, level.theta))
             return scale / scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny), {}
-        rng = RandomState(torch_only=True)  # one dropout mask for this pass and the two that follow
+        rng = RandomState(torch_only=True)
         gradients = unflatten(level.own_gradient(), level.theta)
-        rng.restore()
+        rng.restore()  # one dropout mask for this pass and the two that follow
         scale = flatten(update_derivative(optimizer, level.theta, gradients))
         fresh = not any(len(optimizer.state.get(p, {})) and optimizer.state[p]["step"] > 0 for p in level.theta)
         advice = "The optimizer has not made a step yet; its first is only a sign, so its second moment was held fixed: let the level train before."

@@ -110,9 +110,9 @@ class Sweep:
     def linearize(self, j, method):
         "Level `j` near its present point, as its method sees it"
         problem, wrt = self.problems[j], {x: self.theta[x] for x in self.flow[j]}
-        if j in self.total:
-            return TotalLinearization(self, j, wrt)
         start_from = problem.solutions.get((self.source, method.name)) if method.warm_start else None
+        if j in self.total:
+            return TotalLinearization(self, j, wrt, start_from)
         modules = [p.module for p in self.problems.values()]
         return Linearization(problem.loss, self.theta[j], wrt, j, problem, start_from, modules)
 

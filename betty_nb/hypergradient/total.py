@@ -21,9 +21,10 @@ class TotalLinearization(Linearization):
         sweep,  # the Sweep that passes through the level
         level,  # its name
         wrt,  # {name: parameters}: where the pull-back leads
+        start=None,  # (n,) what the method found the last time, for a warm start
     ):
         problem = sweep.problems[level]
-        super().__init__(problem.loss, sweep.theta[level], wrt, level, problem)
+        super().__init__(problem.loss, sweep.theta[level], wrt, level, problem, start, [p.module for p in sweep.problems.values()])
         self.sweep, self.level, self.rng = sweep, level, RandomState(torch_only=True)
         self.inner = type(sweep)(sweep.graph, sweep.problems, level, (level, *wrt), sweep.methods, sweep.hessian)
         self.inner.theta.update({level: self.theta, **wrt})
@@ -54,8 +55,9 @@ class TotalLinearization(Linearization):
         parts = self._total_gradient({self.level: step})
         return {name: parts[name] for name in self.wrt}
 
-    def own_gradient(self):
-        return flatten(self._total_gradient({})[self.level], self.theta)
+    def own_gradient(self, step=None, moved=None):
+        steps = dict(moved or {}) if step is None else {self.level: step, **(moved or {})}
+        return flatten(self._total_gradient(steps)[self.level], self.theta)
 
     def _difference(self, vector):
         "The derivative of the total gradient along a move of the level's own parameters, as {target: list of tensors}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .method import Method, Solve, flatten, option, register, unflatten
-from .resolve import evaluate, resolve
+from .resolve import gradient, resolve
 
 # %% ../../nbs/core/21_zeroth_order.ipynb #d1190ccd
 @dataclass(frozen=True)
@@ -26,14 +26,13 @@ class ZerothOrder(Method):
 
     def pull_back(self, level, vector):
         parameters = [t for tensors in level.wrt.values() for t in tensors]
-        rest = evaluate(level, lambda level: level.own_gradient(), torch.zeros_like(vector))
+        rest = gradient(level)
         poor = []
 
         def respond(direction):
             "f at x + sigma direction, 0-d"
-            moved, shifts = {}, iter(unflatten(self.sigma * direction, parameters))
-            for name, tensors in level.wrt.items():
-                moved[name] = [next(shifts) for _ in tensors]
+            pieces = direction.split([sum(t.numel() for t in tensors) for tensors in level.wrt.values()])
+            moved = {name: self.sigma * piece for name, piece in zip(level.wrt, pieces)}
             found = resolve(level, self.steps, rate=self.rate, tilt=-rest, moved=moved)
             poor.append(found.gradient / found.initial.clamp_min(torch.finfo(vector.dtype).tiny))
             return vector @ found.step
