@@ -1,12 +1,16 @@
 """Iterative differentiation, for what the notebooks do not show: every optimizer in a real program, time travel, mixtures of levels, faults."""
 
 import copy
+import statistics
+import time
+import weakref
 
 import pytest
 import torch
 
 from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProblem, ImplicitProblem, IterativeProblem
 from betty_nb.hypergradient import ForwardMode, Unroll
+from betty_nb.optim import differentiable_step
 from tests.programs import BOTH, bits, same
 
 DOUBLE = torch.float64
@@ -381,6 +385,101 @@ def test_steps_by_hand_belong_to_the_path():
     result, solve = probed(engine)
     assert (solve.iterations, solve.status) == (11, "fixed")
     assert error(result, probed(engine, ForwardMode())[0]) < 1e-10
+
+
+# Cost
+
+
+class Live:
+    "Counts the bytes of the storages that graphs hold at once"
+
+    def __init__(self):
+        self.users, self.now, self.most = {}, 0, 0
+
+    def pack(self, tensor):
+        class Held:
+            pass
+
+        held, storage = Held(), tensor.untyped_storage()
+        held.tensor, key, size = tensor, storage.data_ptr(), storage.nbytes()
+        self.users[key] = self.users.get(key, 0) + 1
+        if self.users[key] == 1:
+            self.now += size
+            self.most = max(self.most, self.now)
+        weakref.finalize(held, self.free, key, size)
+        return held
+
+    def free(self, key, size):
+        self.users[key] -= 1
+        if not self.users[key]:
+            self.now -= size
+            del self.users[key]
+
+
+def weights_program(steps, width=64):
+    "400 steps of a network on 64 weighted examples; the hypergradient of the weights, once with a graph over all steps, once through a path"
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 64, 16)
+    net = torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.Tanh(), torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 16))
+    begin = [p.detach().clone() for p in net.parameters()]
+    names = [name for name, _ in net.named_parameters()]
+
+    def weighted(out, w):
+        return ((out - y).square().mean(1) * w.sigmoid()).mean()
+
+    def plain():
+        optimizer, w, state = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), torch.zeros(64, requires_grad=True), [{} for _ in begin]
+        theta = [p.clone().requires_grad_() for p in begin]
+        for _ in range(steps):
+            loss = weighted(torch.func.functional_call(net, dict(zip(names, theta)), (x,)), w)
+            theta, state = differentiable_step(optimizer, theta, torch.autograd.grad(loss, theta, create_graph=True), state)
+        return torch.autograd.grad(sum(p.square().sum() for p in theta), w)[0], 0
+
+    class Lower(IterativeProblem):
+        def training_step(self):
+            return weighted(self.module(x), self.outer())
+
+    class Upper(ImplicitProblem):
+        def training_step(self):
+            return sum(p.square().sum() for p in self.inner.trainable_parameters())
+
+    def checkpointed():
+        with torch.no_grad():
+            for p, value in zip(net.parameters(), begin):
+                p.copy_(value)
+        top = Vector(torch.zeros(64)).float()
+        inner = Lower("inner", Config(unroll_steps=steps), net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+        outer = Upper("outer", None, top, torch.optim.SGD(top.parameters(), lr=0.1))
+        engine = at_hypergradient(Engine([outer, inner], EngineConfig(strategy="cpu"), BOTH))
+        engine.advance()
+        return top.value.grad, sum(start.nbytes for start in inner.path.kept().pieces)
+
+    return plain, checkpointed
+
+
+def test_400_steps_in_a_quarter_of_the_memory():
+    results, bytes_held = [], []
+    for run in weights_program(400):
+        live = Live()
+        with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda held: held.tensor):
+            gradient, states = run()
+        results.append(gradient)
+        bytes_held.append(live.most + states)
+    assert error(results[1], results[0]) < 1e-3  # single precision
+    assert bytes_held[1] <= 0.25 * bytes_held[0], f"{bytes_held[1] / 1e6:.1f} of {bytes_held[0] / 1e6:.1f} MB"
+
+
+def test_400_steps_in_at_most_1_6_times_the_time():
+    plain, checkpointed = weights_program(400)
+    ratios = []
+    for _ in range(5):
+        times = []
+        for run in (plain, checkpointed):
+            start = time.process_time()
+            run()
+            times.append(time.process_time() - start)
+        ratios.append(times[1] / times[0])
+    assert statistics.median(ratios) <= 1.6, ratios
 
 
 # Mixtures of levels
