@@ -18,7 +18,8 @@ def static(nb):
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            live = [o for o in cell.outputs if WIDGET in o.get("data", {}) and "text/html" not in o["data"]]  # a progress bar, say
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o not in live]
             for output in cell.outputs:
                 if "text/html" in output.get("data", {}):
                     output["data"].pop(WIDGET, None)

@@ -140,7 +140,8 @@ class IterativeProblem(Problem):
         options = [] if self.optimizer is None else options_of(self.optimizer)
         before = self._draws.before()
         super().update()
-        self._path.add_step(options, self._draws.used(before), getattr(self.method, "truncate", 0))
+        truncate = getattr(self.config.type, "truncate", 0)
+        self._path.add_step(options, self._draws.used(before), truncate)
 
     def _learn_options(self):
         with torch.no_grad():
@@ -160,7 +161,7 @@ class IterativeProblem(Problem):
         self._path.passes = passes
 
     def _stretch_length(self):
-        return getattr(self.method, "checkpoint", 0) or max(1, math.isqrt(self.config.unroll_steps))
+        return getattr(self.config.type, "checkpoint", 0) or max(1, math.isqrt(self.config.unroll_steps))
 
     # For snapshots
 

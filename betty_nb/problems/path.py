@@ -13,7 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..hypergradient.method import RandomState, undisturbed
-from ..optim import Differentiating, options_of, parameters_of, state_of, twin
+from ..optim import Differentiating, state_of, twin
+from .problem import Problem
 
 # %% ../../nbs/core/31_path.ipynb #97a297e3
 @dataclass(frozen=True)
@@ -214,7 +215,10 @@ class Replay:
             weights = getattr(module, "_flat_weights", None)  # recurrent layers keep a second list of their parameters
             if weights is not None:
                 self._flat.append((module, weights, [id(p) for p in weights]))
-        self._wanted = wanted
+        self._wanted, self._modules = wanted, problem.all_modules()
+        self._buffered = [m for m in self._modules if m._buffers]
+        hooks = ("grad_callback", "clip_grad", "custom_optimizer_step")
+        self._own_hooks = any(getattr(type(problem), name) is not getattr(Problem, name) for name in hooks)
         self.placed = {key for _, _, key in self._slots}  # ids of the parameters that some module holds
 
     def put(self, own, others):
@@ -242,7 +246,7 @@ class Replay:
 
     def run(self, stretch, parameters, state, seen, first=0, last=None, graph=True):
         "The pair (parameters, state) after the steps first to last of `stretch`, from tensors of which autograd may ask the derivative"
-        for module, buffers in zip(self.problem.all_modules(), stretch.start.buffers):
+        for module, buffers in zip(self._modules, stretch.start.buffers):
             if first == 0:
                 module._buffers.update(buffers)
         for step in stretch.steps[first:last]:
@@ -263,7 +267,7 @@ class Replay:
         if self.optimizer is not None:
             problem.optimizer = twin(self.optimizer, own, [])  # what trainable_parameters() reads
         problem.batch, (problem.count, problem.steps) = one.batch, one.counters
-        for module in problem.all_modules():  # a pass may write to buffers that the graph of the pass before still needs
+        for module in self._buffered:  # a pass may write to buffers that the graph of the pass before still needs
             module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
         if one.random is not None:
             one.random.restore()
@@ -275,7 +279,9 @@ class Replay:
     def _update(self, step, parameters, gradients, state, others):
         problem = self.problem
         moved = [p.clone() for p in parameters]
-        mode = Differentiating({id(m): None if g is None else g.clone() for m, g in zip(moved, gradients)})
+        if self._own_hooks or problem.config.gradient_clipping > 0:  # they may write to the gradients, which the graph may still need
+            gradients = [None if g is None else g.clone() for g in gradients]
+        mode = Differentiating({id(m): g for m, g in zip(moved, gradients)})
         if self.optimizer is not None:
             problem.optimizer = twin(self.optimizer, moved, state, mode.stand_ins(self._options(step)))
         self.put(moved, others)
