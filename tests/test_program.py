@@ -219,6 +219,19 @@ def test_a_method_on_a_level_where_it_has_no_effect():
         pair(outer=Config(type="cg"))
 
 
+def test_defect_12_what_was_silent_is_said():
+    with pytest.warns(GraphWarning, match="gets no hypergradient"):
+        pair(dependencies={"l2u": {"inner": ["outer"]}})
+    with pytest.raises(GraphError, match="cycle"):
+        pair(dependencies={"l2u": {"inner": ["outer"], "outer": ["inner"]}})
+    with pytest.warns(GraphWarning, match="has no effect"):
+        pair(outer=Config(type="cg"))
+    with pytest.raises(ValueError, match="did you mean 'cg'"):
+        pair(outer=Config(type="cgg"))
+    with pytest.raises(ValueError, match="'inner'.* unroll differentiates the steps of an unroll"):
+        pair(inner=Config(type="unroll"))
+
+
 def test_a_sound_program_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

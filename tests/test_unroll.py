@@ -47,12 +47,19 @@ def network(noise=False):
 START = torch.tensor([-2.0, -1.5, -3.0, -2.2, -2.0, -2.5], dtype=DOUBLE)
 
 
-def program(h=START, make=torch.optim.SGD, cls=Inner, noise=False, scheduler=None, config=None, net=None, outer=Outer, loader=None, **options):
+def program(
+    h=START, make=torch.optim.SGD, cls=Inner, noise=False, scheduler=None, config=None, net=None, outer=Outer, loader=None, **options
+):
     torch.manual_seed(1)
     net, top = net or network(noise), Vector(h)
     optimizer = make(net.parameters(), **{"lr": 0.1, **options}) if isinstance(make, type) else make(net, top)
     inner = cls(
-        "inner", config or Config(unroll_steps=10), net, optimizer, scheduler and scheduler(optimizer), loader or [(X[:7], Y[:7]), (X[7:14], Y[7:14])]
+        "inner",
+        config or Config(unroll_steps=10),
+        net,
+        optimizer,
+        scheduler and scheduler(optimizer),
+        loader or [(X[:7], Y[:7]), (X[7:14], Y[7:14])],
     )
     upper = outer("outer", None, top, torch.optim.SGD(top.parameters(), lr=0.1), train_data_loader=[0])
     return Engine([upper, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
@@ -123,7 +130,11 @@ ACCUMULATE = Config(unroll_steps=6, gradient_accumulation=2, gradient_clipping=0
         dict(make=torch.optim.Adam, scheduler=one_cycle),
         dict(momentum=0.9, scheduler=one_cycle, noise=True),
         dict(momentum=0.9, config=ACCUMULATE),
-        dict(make=lambda net, top: torch.optim.Adam([{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters(), "lr": 0.01}])),
+        dict(
+            make=lambda net, top: torch.optim.Adam(
+                [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters(), "lr": 0.01}]
+            )
+        ),
         dict(config=Config(unroll_steps=10, type=Unroll(checkpoint=3)), make=torch.optim.Adam, noise=True),
     ],
     ids=["scheduler", "scheduler, dropout and BatchNorm", "accumulation and clipping", "groups", "checkpoint"],
@@ -149,9 +160,19 @@ def test_no_nan_from_the_square_root_at_zero():
     class Dead(Inner):
         def training_step(self, batch):
             x, y = batch
-            return (self.module[1](torch.relu(self.module[0](x) - 50)) - y).square().mean() + self.outer()[0].exp() * self.module[1].bias.square().sum()
+            return (self.module[1](torch.relu(self.module[0](x) - 50)) - y).square().mean() + self.outer()[0].exp() * self.module[
+                1
+            ].bias.square().sum()
 
-    for make in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta):
+    for make in (
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+    ):
         net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)).double()
         engine = at_hypergradient(program(cls=Dead, make=make, net=net, outer=Plain))
         for method in (None, ForwardMode()):
@@ -424,7 +445,9 @@ def weights_program(steps, width=64):
     "400 steps of a network on 64 weighted examples; the hypergradient of the weights, once with a graph over all steps, once through a path"
     torch.manual_seed(0)
     x, y = torch.randn(2, 64, 16)
-    net = torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.Tanh(), torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 16))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(16, width), torch.nn.Tanh(), torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 16)
+    )
     begin = [p.detach().clone() for p in net.parameters()]
     names = [name for name, _ in net.named_parameters()]
 
@@ -432,7 +455,11 @@ def weights_program(steps, width=64):
         return ((out - y).square().mean(1) * w.sigmoid()).mean()
 
     def plain():
-        optimizer, w, state = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), torch.zeros(64, requires_grad=True), [{} for _ in begin]
+        optimizer, w, state = (
+            torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
+            torch.zeros(64, requires_grad=True),
+            [{} for _ in begin],
+        )
         theta = [p.clone().requires_grad_() for p in begin]
         for _ in range(steps):
             loss = weighted(torch.func.functional_call(net, dict(zip(names, theta)), (x,)), w)
@@ -519,7 +546,9 @@ def three(kinds, move=0.0):
     return Engine([top, mid, low], EngineConfig(train_iters=10**6, strategy="cpu"), edges)
 
 
-@pytest.mark.parametrize("kinds", [(IterativeProblem, ImplicitProblem), (ImplicitProblem, IterativeProblem), (IterativeProblem, IterativeProblem)])
+@pytest.mark.parametrize(
+    "kinds", [(IterativeProblem, ImplicitProblem), (ImplicitProblem, IterativeProblem), (IterativeProblem, IterativeProblem)]
+)
 def test_iterative_and_implicit_levels_in_one_program(kinds):
     "All levels are solved, so that every method must find the derivative of the solution"
     engine = at_hypergradient(three(kinds), "top")

@@ -110,7 +110,7 @@ class _Through(Method):
 class Unroll(_Through):
     "Reverse mode through the steps of an IterativeProblem"
 
-    truncate: int = option(0, "go back through the last steps only, this many; 0 for all", low=0, main=True)
+    truncate: int = option(0, "go back through the last steps only, this many; 0 for all", low=0)
     checkpoint: int = option(0, "steps whose graph is held at a time; 0 for the square root of unroll_steps", low=0)
     first_order: bool = option(False, "leave out second derivatives: the gradient of a step counts as a constant")
 
