@@ -12,6 +12,7 @@ from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import METHODS, make_method
 from tests.programs import bits, noisy_program, same
 
+
 def ready(name, dtype=torch.float32):
     "A program with dropout, BatchNorm and Adam whose inner level fits the method, just before an upper update"
     debugger = Debugger(noisy_program(name, dtype=dtype))

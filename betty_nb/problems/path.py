@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Pass', 'Step', 'Start', 'Stretch', 'Others', 'Draws', 'Copies', 'Path', 'Kept', 'Replay', 'replaying']
 
-# %% ../../nbs/core/31_path.ipynb #d09349c7
-from contextlib import contextmanager
+# %% ../../nbs/core/31_path.ipynb #16458f01
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 from ..hypergradient.method import RandomState, undisturbed
 from ..optim import Differentiating, state_of, twin
@@ -308,14 +309,33 @@ def _position(tensor, tensors):
 
 @contextmanager
 def replaying(problem):
-    "A Replay of the present path of `problem`; whatever it does, the program is bit for bit as it was afterwards"
-    names = ("optimizer", "batch", "count", "steps")
-    before = {name: getattr(problem, name) for name in names}
+    "A Replay of the present path of `problem`; whatever happens inside, an interrupt included, the program is bit for bit as it was afterwards"
+    before = {name: getattr(problem, name) for name in ("optimizer", "batch", "count", "steps")}
+    enabled, modes, level = torch.is_grad_enabled(), len(_get_current_function_mode_stack()), forward_ad._current_level
     replay = Replay(problem)
+
+    def back():
+        # An interrupt may fall between the lines of torch's own context managers, and then they don't close.
+        while len(_get_current_function_mode_stack()) > modes:
+            _pop_mode()
+        forward_ad._current_level = level
+        with suppress(RuntimeError):  # no level left open
+            torch._C._exit_dual_level(level=level + 1)
+        torch.set_grad_enabled(enabled)
+        replay.put_back()
+        for name, value in before.items():
+            setattr(problem, name, value)
+
     with undisturbed([q.module for q in problem.levels()]):
         try:
             yield replay
+        except RuntimeError as error:
+            if "KeyboardInterrupt" in str(error):  # TorchScript, in which torch has some derivatives, turns an interrupt into an error
+                raise KeyboardInterrupt from error
+            raise
         finally:
-            replay.put_back()
-            for name, value in before.items():
-                setattr(problem, name, value)
+            try:
+                back()
+            except KeyboardInterrupt:  # once more, since the first time was cut short
+                back()
+                raise

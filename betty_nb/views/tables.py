@@ -86,7 +86,7 @@ def table_html(
     )
     body = "".join("<tr>" + "".join(f"<td{cls(i)}>{cell(v)}</td>" for i, v in enumerate(r)) + "</tr>" for r in rows)
     return Html(
-        f'<div class="bn"><table class="bn-table">'
+        '<div class="bn"><table class="bn-table">'
         + (f"<caption>{escape(caption)}</caption>" if caption else "")
         + f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
