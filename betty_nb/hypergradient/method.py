@@ -63,31 +63,38 @@ class RandomState:
         return same and self.python == other.python
 
 
-@contextmanager
-def undisturbed(modules, torch_only=False):
-    "Whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were"
-    modules = [m for module in modules if module is not None for m in module.modules()]
-    kept = [(m, dict(m._buffers), m.training) for m in modules]
-    rng = RandomState(torch_only)
+class undisturbed:
+    """A context: whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were.
 
-    def restore():
-        for m, buffers, training in kept:
+    A class, since an interrupt can keep a generator-based context from closing until it is collected, long after the contexts around it."""
+
+    def __init__(self, modules, torch_only=False):
+        self.modules, self.torch_only = [m for module in modules if module is not None for m in module.modules()], torch_only
+
+    def __enter__(self):
+        self._kept = [(m, dict(m._buffers), m.training) for m in self.modules]
+        self._rng = RandomState(self.torch_only)
+        try:
+            for m, buffers, _ in self._kept:
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        m._buffers[name] = buffer.clone()
+        except BaseException:
+            self._restore()
+            raise
+
+    def __exit__(self, *error):
+        try:
+            self._restore()
+        except BaseException:  # an interrupt in the middle of it: once more, to its end
+            self._restore()
+            raise
+
+    def _restore(self):
+        for m, buffers, training in self._kept:
             m._buffers.update(buffers)
             m.training = training
-        rng.restore()
-
-    try:
-        for m, buffers, _ in kept:
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    m._buffers[name] = buffer.clone()
-        yield
-    finally:
-        try:
-            restore()
-        except BaseException:  # an interrupt in the middle of it: once more, to its end
-            restore()
-            raise
+        self._rng.restore()
 
 
 @contextmanager

@@ -71,9 +71,21 @@ class _Through(Method):
             advice = "The level has made no step in its present unroll yet, so nothing depends on the upper levels: let it run."
             return {x: [None] * len(tensors) for x, tensors in level.wrt.items()}, Solve(trouble={"no steps": (True, advice)})
         wanted = [t for tensors in level.wrt.values() for t in tensors]
-        with level.problem.replaying() as replay:
-            adjoint = self._along(vector, level.theta, replay.own)
+        replay = level.problem.replaying()
+        adjoint = self._along(vector, level.theta, replay.own)
+        replay.__enter__()
+        try:  # not `with`: an interrupt that is due at its end would keep the context from closing
             found, deviations, steps = self._pulled(replay, adjoint, wanted)
+        except RuntimeError as error:
+            if "KeyboardInterrupt" in str(error):  # TorchScript, in which torch has some derivatives, turns an interrupt into an error
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            try:
+                replay.close()
+            except KeyboardInterrupt:
+                replay.close()
+                raise
         found = [None if g is None else g.detach() for g in found]
         trouble = self._trouble(path, found, deviations)
         if any(g is not None for g in found):

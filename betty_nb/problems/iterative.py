@@ -14,7 +14,7 @@ import torch
 
 from ..hypergradient.unroll import Unroll
 from ..optim import options_of, parameters_of, refusal
-from .path import Copies, Draws, Pass, Path, replaying
+from .path import Copies, Draws, Pass, Path, Replay
 from .problem import Problem
 
 # %% ../../nbs/core/32_iterative.ipynb #6bda0ed3
@@ -64,7 +64,7 @@ class IterativeProblem(Problem):
 
     def replaying(self):
         "A context in which the steps of the path can be repeated"
-        return replaying(self)
+        return Replay(self)
 
     def levels(self):
         "All levels of the program"

@@ -30,7 +30,7 @@ _CSS = """<style>
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-TabBar-tab,.bn-dashboard .jupyter-widget-tab>.p-TabBar .p-TabBar-tab{color:var(--bn-fg);flex:0 1 130px;min-width:60px;font-size:13px}
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-mod-current{font-weight:700}
 .bn-dashboard .jupyter-widget-tab>.widget-tab-contents{padding:6px 8px;border-color:var(--bn-line)}
-.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-figure{width:100%;height:auto;max-height:400px}.bn-dashboard .bn-results>.bn-plot{flex:1 1 310px;width:auto;max-width:480px}.bn-dashboard .bn-results>.bn-comparison{max-height:390px;overflow-y:auto;padding-right:6px}
+.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-figure{width:100%;height:auto;max-height:400px}.bn-dashboard .bn-results>.bn-plot{flex:1 1 310px;width:auto;max-width:480px}.bn-dashboard .bn-results>.bn-comparison{max-height:300px;overflow-y:auto;padding-right:6px}
 </style>"""
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #26fdfb21

@@ -158,7 +158,7 @@ def control(
 ):
     "A control for an option, and a function that reads it."
     text = dict(description=option.name, tooltip=f"{option.doc} (default: {option.default})", style={"description_width": "initial"})
-    small = W.Layout(width="158px")
+    small = W.Layout(width="150px")
     if option.type == "bool":
         w = W.Checkbox(value=bool(option.value), indent=False, layout=small, **text)
     elif option.type == "int" and option.value is not None:
@@ -338,7 +338,7 @@ class MethodsPanel(W.VBox):
         if info is None:
             return
         old = self.options.children
-        made = {o.name: control(o) for o in info.options}
+        made = {o.name: control(o) for o in sorted(info.options, key=lambda o: o.type == "bool")}  # switches last
         self.reads = {n: f for n, (_, f) in made.items()}
         self.options.children = tuple(w for w, _ in made.values())
         for w in old:
