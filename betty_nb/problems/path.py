@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+from torch.overrides import TorchFunctionMode
 
 from ..hypergradient.method import RandomState, undisturbed
-from ..optim import Differentiating, state_of, twin
+from ..optim import Differentiating, discard_closed, state_of, twin
 from .problem import Problem
 
 # %% ../../nbs/core/31_path.ipynb #97a297e3
@@ -225,7 +225,7 @@ class Replay:
     def __enter__(self):
         problem = self.problem
         self._before = {name: getattr(problem, name) for name in ("optimizer", "batch", "count", "steps")}
-        self._context = torch.is_grad_enabled(), len(_get_current_function_mode_stack()), forward_ad._current_level
+        self._context, self._mode = (torch.is_grad_enabled(), forward_ad._current_level), Differentiating()
         self._undisturbed = undisturbed([q.module for q in problem.levels()])
         self._undisturbed.__enter__()
         return self
@@ -240,9 +240,9 @@ class Replay:
     def close(self):
         "Put everything back as it was; does no harm twice"
         # An interrupt may fall between the lines of torch's own context managers, and then they don't close.
-        enabled, modes, level = self._context
-        while len(_get_current_function_mode_stack()) > modes:
-            _pop_mode()
+        enabled, level = self._context
+        self._mode.open = False
+        discard_closed()
         forward_ad._current_level = level
         with suppress(RuntimeError):  # no level left open
             torch._C._exit_dual_level(level=level + 1)
@@ -309,7 +309,7 @@ class Replay:
         moved = [p.clone() for p in parameters]
         if self._own_hooks or problem.config.gradient_clipping > 0:  # they may write to the gradients, which the graph may still need
             gradients = [None if g is None else g.clone() for g in gradients]
-        mode = Differentiating({id(m): g for m, g in zip(moved, gradients)})
+        mode = self._mode = Differentiating({id(m): g for m, g in zip(moved, gradients)})
         if self.optimizer is not None:
             problem.optimizer = twin(self.optimizer, moved, state, mode.stand_ins(self._options(step)))
         self.put(moved, others)
