@@ -73,13 +73,14 @@ def test_an_interrupt_at_a_random_moment_leaves_no_trace(name):
     start = time.perf_counter()
     probe()
     length, interrupted = time.perf_counter() - start, 0
+    tries = 25 if length < 0.1 else 10
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for _ in range(25):
+        for _ in range(tries):
             try:
                 signal.setitimer(signal.ITIMER_REAL, max(1e-5, rng.random() * length))
                 probe()
@@ -92,4 +93,4 @@ def test_an_interrupt_at_a_random_moment_leaves_no_trace(name):
             assert same(bits(debugger.engine), before)
     finally:
         signal.signal(signal.SIGALRM, old)
-    assert interrupted >= 5, f"only {interrupted} of 25 interrupts came in time"
+    assert interrupted >= tries // 5, f"only {interrupted} of {tries} interrupts came in time"

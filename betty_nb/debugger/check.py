@@ -127,6 +127,12 @@ def check_hypergradient(
     name = engine.level(level).name
     if not engine.graph.receivers(name):
         raise ValueError(f"Level {name!r} has no hypergradient to check: none of its parameters reach its loss through a lower level.")
+    for j in engine.graph.below(name):
+        if engine.level(j).kind == "iterative":
+            raise ValueError(
+                f"Level {j!r} is an IterativeProblem: its hypergradient belongs to the steps it made, not to an optimum that could be solved for. "
+                "Debugger.hypergradient compares it with the whole unroll."
+            )
     return engine.probe(name, take=_check, directions=directions, radius=radius, tolerance=tolerance, seed=seed)
 
 
@@ -159,7 +165,7 @@ def _check(graph, problems, level, methods, directions, radius, tolerance, seed)
     if not torch.isfinite(taken).all():
         raise ValueError(f"The hypergradient of {level!r} is not finite now, so there is nothing to check: go back to where the losses were finite.")
     exact = dict.fromkeys(graph.below(level), Exact(limit=1024))
-    fits = not any(m.refuses(problems[j]) for j, m in exact.items())
+    fits = not any(m.refusal(problems[j]) for j, m in exact.items())
     here = take(exact, "total") if fits else None
     at_optimum, solver = solved(torch.zeros_like(x), lambda: take(exact, "total") if fits else None)
 

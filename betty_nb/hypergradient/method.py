@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import random
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -97,25 +97,31 @@ class undisturbed:
         self._rng.restore()
 
 
-@contextmanager
-def displaced(parameters, step):
-    "The `parameters` moved by `step` (a list of tensors); afterwards they hold their old tensors again, bit for bit"
-    old = [p.data for p in parameters]
+class displaced:
+    "A context: the `parameters` moved by `step` (a list of tensors); afterwards they hold their old tensors again, bit for bit"
 
-    def restore():
-        for p, o in zip(parameters, old):
-            p.data = o
+    def __init__(self, parameters, step):
+        self.parameters, self.step = list(parameters), step
 
-    try:
-        for p, o, s in zip(parameters, old, step):
-            p.data = o + s
-        yield
-    finally:
+    def __enter__(self):
+        self._old = [p.data for p in self.parameters]
         try:
-            restore()
-        except BaseException:  # an interrupt in the middle of it: once more, to its end
-            restore()
+            for p, old, s in zip(self.parameters, self._old, self.step):
+                p.data = old + s
+        except BaseException:
+            self._restore()
             raise
+
+    def __exit__(self, *error):
+        try:
+            self._restore()
+        except BaseException:  # an interrupt in the middle of it: once more, to its end
+            self._restore()
+            raise
+
+    def _restore(self):
+        for p, old in zip(self.parameters, self._old):
+            p.data = old
 
 # %% ../../nbs/core/01_method.ipynb #de999a87
 class Linearization:
