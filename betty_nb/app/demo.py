@@ -59,6 +59,11 @@ class Outer(ImplicitProblem):
     def training_step(self, batch):
         return cross_entropy(self.inner, batch)
 
+    def param_callback(self):
+        "A penalty much stronger than this would be too steep for the inner level's step size"
+        with torch.no_grad():
+            self.module.log_strength.clamp_(-10, 2)
+
 
 class Inner(ImplicitProblem):
     "The logistic regression, trained under these strengths"
