@@ -82,14 +82,15 @@ def test_an_interrupt_at_a_random_moment_leaves_no_trace(name):
     try:
         for _ in range(tries):
             try:
-                signal.setitimer(signal.ITIMER_REAL, max(1e-5, rng.random() * length))
-                probe()
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, max(1e-5, rng.random() * length))
+                    probe()
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)  # inside the outer try, since the alarm may ring before this line
             except (KeyboardInterrupt, RuntimeError) as error:
                 if not isinstance(error, KeyboardInterrupt) and "KeyboardInterrupt" not in str(error):
                     raise  # torch wraps an interrupt that meets its own Python code inside a backward pass
                 interrupted += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
             assert same(bits(debugger.engine), before)
     finally:
         signal.signal(signal.SIGALRM, old)
