@@ -13,6 +13,10 @@ def __getattr__(name):
         from . import debugger
 
         return getattr(debugger, name)
+    if name == "tensorboard":
+        from .app.tensorboard import tensorboard
+
+        return tensorboard
     raise AttributeError(f"module 'betty_nb' has no attribute {name!r}")
 
 

@@ -5,34 +5,42 @@
 # %% auto #0
 __all__ = ['Action', 'edges_of', 'Engine']
 
-# %% ../nbs/core/09_engine.ipynb #d0b0e7d4
+# %% ../nbs/core/09_engine.ipynb #a4228ae6
+import dataclasses
 import threading
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from .checkpoint.file import load_checkpoint, save_checkpoint
 from .configs import EngineConfig
+from .distributed import ALONE, join
+from .envs import as_env
 from .graph import Graph, GraphError, GraphWarning, closest
 from .hypergradient.method import undisturbed
 from .hypergradient.sweep import hypergradient
-from .logging import make_logger, warn_nonfinite
+from .logging import Logger, Progress, make_logger, numbers, warn_nonfinite
+from .problems.path import Draws
 from .problems.problem import Problem
+from .problems.trial import Trial
+from .stopping import EarlyStopping, InterruptLater
+from .summary import summary
 
 # %% ../nbs/core/09_engine.ipynb #01b5ee7c
 @dataclass(frozen=True)
 class Action:
     "One small thing the engine does"
 
-    kind: str  # "draw", "hypergradient", "descend", "validate"
+    kind: str  # "draw", "hypergradient", "descend", "roll_back", "validate"; and of several of them: "train_step" (Engine.train_step is overridden), "step" (problem.step())
     level: str = ""  # the level that acts, "" for the engine itself
     manual: bool = False  # asked for by hand: draws, descends, and leaves the schedule where it is
+    again: int | None = None  # after a "roll_back": which step of the trial is repeated
 
     def __str__(self):
-        words = {"draw": "draw a batch for", "hypergradient": "take the hypergradient of", "descend": "descend"}
+        words = {"draw": "draw a batch for", "hypergradient": "take the hypergradient of", "descend": "descend", "step": "step", "roll_back": "roll back"}
         said = f"{words[self.kind]} {self.level}" if self.level else self.kind
-        return f"{said} (by hand)" if self.manual else said
+        return f"{said} (by hand)" if self.manual else said if self.again is None else f"{said} (again)"
 
 
 def edges_of(dependencies, kind):
@@ -60,23 +68,33 @@ class Engine:
             raise TypeError(f"Engine(config=…) takes an EngineConfig, got {config!r}.")
         if not problems:
             raise ValueError("Engine(problems=…) needs at least one Problem.")
-        self.config, self.env = config or EngineConfig(), env
-        self.device = self._find_device()
+        if any(p.engine is not None and p.engine.running for p in problems):
+            raise RuntimeError("A program of these problems is running: pause it, or wait until the run is over, before you build another engine of them.")
+        self.config, self.env = config or EngineConfig(), as_env(env)
+        self.processes, self.device = self._find_device()
         graph = self._read(problems, dependencies)
         self.problems = problems
         self.global_step = 0  # the iteration in progress or done last, counted from 1
         self.stop_requested = False
-        self.logger = None
+        self.logger, self._logger_asked, self._started = None, None, None
         self.watchers = []  # objects with before(action) and after(action), for debuggers
+        self.nested = 0  # how many actions the present one is a part of
         self.validated = {}  # what validation() returned last
+        self.early_stopping = EarlyStopping()  # the best validation so far
         self._agenda = []
+        self._taken = None  # name of the level whose gradient was taken, while its descent is not made yet
+        self._shown = {}  # {level: hypergradient (list of tensors)} of steps that are about to be logged
+        self._saves = []  # files to be written when the present action is over
         self._lock = threading.RLock()  # held during one action
         self._claimed = threading.Lock()  # held during one run
+        self._draws = Draws()  # notices which steps use random numbers, for those that may be repeated
         self._wire(graph)
+        if self.env is not None:
+            self.env.initialize(self)
         for p in problems:
             p.reset()
             p.initialize(self)
-        self._check_methods()
+        self._check_methods(graph)
 
     # Putting the program together
 
@@ -84,7 +102,9 @@ class Engine:
         strategy, gpu = self.config.strategy, torch.cuda.is_available()
         if strategy == "gpu" and not gpu:
             raise ValueError("EngineConfig(strategy='gpu'): torch sees no GPU here; use 'default' or 'cpu'.")
-        return torch.device("cuda" if gpu and strategy != "cpu" else "cpu")
+        if strategy in ("distributed", "accelerate"):
+            return join(self.config.backend)
+        return ALONE, torch.device("cuda" if gpu and strategy != "cpu" else "cpu")
 
     def _read(self, problems, dependencies):
         "The Graph of the program; every structural mistake is found here"
@@ -100,6 +120,8 @@ class Engine:
             for p in problems:
                 if hasattr(p, name) and name not in p._siblings:
                     raise GraphError(f"A level can't be called {name!r}, since self.{name} means something else in {p.name!r}: choose another name.")
+            if self.env is not None and name not in self.env._siblings and (hasattr(type(self.env), name) or name in vars(self.env)):
+                raise GraphError(f"A level can't be called {name!r}, since env.{name} means something else: choose another name.")
         graph.warn()
         return graph
 
@@ -118,18 +140,20 @@ class Engine:
             p.paths = [[levels[k] for k in path] for path in graph.paths(p.name)]
             p.leaf = not p.children
             p.ready = {k for k in p.ready if k in graph.lower(p.name)}
+        if self.env is not None:
+            self.env.connect(levels)
         self._levels, self._leaves = levels, graph.leaves
         self._actions = {k: [Action(kind, k) for kind in ("draw", "hypergradient", "descend")[:: 1 if graph.receivers(k) else 2]] for k in levels}
         own_order = type(self).train_step is not Engine.train_step
         self._leaf_actions = [Action("train_step")] if own_order else [a for leaf in graph.leaves for a in self._actions[leaf]]
 
-    def _check_methods(self):
+    def _check_methods(self, graph):
         "A method that cannot serve its level is refused; one that has no effect is warned about"
         for p in self.problems:
-            if p.name in self.graph.solved and (sentence := p.method.refusal(p)):
+            if p.name in graph.solved and (sentence := p.method.refusal(p)):
                 raise ValueError(f"Level {p.name!r} can't use {p.method}: {sentence}")
-            if "type" in p.config.chosen and p.name not in self.graph.solved:
-                below = [j for j in self.graph.receivers(p.name)]
+            if "type" in p.config.chosen and p.name not in graph.solved:
+                below = [j for j in graph.receivers(p.name)]
                 remedy = f"set it on {below[0]!r}" if below else "remove it"
                 warnings.warn(
                     f"Config(type={p.config.type!r}) on level {p.name!r} has no effect, since no hypergradient passes through it: {remedy}.",
@@ -140,8 +164,30 @@ class Engine:
     def set_dependency(self, dependencies):
         "Replace the edges of the live program; counters, parameters and data go on"
         with self._lock:
-            self._wire(self._read(self.problems, dependencies))
-            self._agenda = []
+            graph, before = self._read(self.problems, dependencies), self.graph
+            self._check_methods(graph)
+            self._wire(graph)
+            self._agenda = self._rewired(self._agenda, before)
+            self._started = None
+
+    def _rewired(self, agenda, before):
+        "What is left of the iteration in progress, each level with the actions it needs in the present graph"
+        actions, waiting = [], set()
+        for i, action in enumerate(agenda):
+            k = action.level
+            if action.kind in ("draw", "hypergradient"):
+                waiting.add((action.kind, k))
+                continue
+            if action.kind == "descend":
+                if i == 0 and before.receivers(k):  # the action before, its hypergradient, has been performed
+                    self._taken = k
+                if ("draw", k) in waiting:
+                    actions.append(Action("draw", k))
+                if self.graph.receivers(k) and not (i == 0 and self._taken == k) and not self._made_by_hand(action):
+                    actions.append(Action("hypergradient", k, again=action.again))
+                waiting -= {("draw", k), ("hypergradient", k)}
+            actions.append(action)
+        return actions
 
     # What comes next
 
@@ -178,11 +224,17 @@ class Engine:
     def _perform(self, action, scheduled):
         for watcher in self.watchers:
             watcher.before(action)
-        follow = self._by_hand(action) if action.manual else self._do[action.kind](self, action)
+        self.nested += 1
+        try:
+            follow = self._by_hand(action) if action.manual else self._do[action.kind](self, action)
+        finally:
+            self.nested -= 1
         if scheduled:
             self._agenda[:1] = follow or []
         for watcher in self.watchers:
             watcher.after(action)
+        while self._saves and not self.nested:
+            save_checkpoint(self, self._saves.pop())
         return action
 
     # The actions. Each returns the actions that follow from it.
@@ -192,20 +244,45 @@ class Engine:
 
     def _do_hypergradient(self, action):
         p = self._levels[action.level]
-        self._start_of_unroll(p)
+        self._start_of_step(p, action)
         self._take_gradient(p)
 
     def _do_descend(self, action):
         p = self._levels[action.level]
-        if not self.graph.receivers(p.name):
-            self._start_of_unroll(p)
+        if self._made_by_hand(action):
+            p.trial.repeat(p, action.again)
+            self._descend_aside(p)
+            return self._after_step(p, action)
+        if not self.graph.receivers(p.name) and self._taken != p.name:
+            self._start_of_step(p, action)
             self._take_gradient(p)
+        self._taken, p.descended = p.name, False  # from here on, a repetition of this action goes on with the update
         p.count += 1
         p.steps += 1
-        if p.count % p.config.gradient_accumulation == 0:
-            p.update()
-        self._report(p)
-        return self._call_upper(p)
+        try:
+            if p.count % p.config.gradient_accumulation == 0:
+                p.update()
+            p.descended = True
+            if p.trial is None or action.again is not None:
+                self._report(p)
+        except BaseException:
+            if p.descended:  # a hook or the logger failed when the step was made: what follows from it stays due
+                self._taken, self._agenda[:1] = None, self._after_step(p, action)
+            else:
+                p.count -= 1
+                p.steps -= 1
+            raise
+        self._taken = None
+        return self._after_step(p, action)
+
+    def _do_roll_back(self, action):
+        p = self._levels[action.level]
+        if p.trial is None:
+            return []
+        p.trial.put_back(p)
+        kinds = [a.kind for a in self._actions[p.name] if a.kind != "draw"]
+        steps = enumerate(p.trial.steps)
+        return [Action(kind, p.name, again=i) for i, step in steps for kind in (["descend"] if step.manual else kinds)]
 
     def _do_validate(self, action):
         modes = [(m, m.training) for p in self.problems if p.module is not None for m in p.module.modules()]
@@ -217,24 +294,74 @@ class Engine:
                 module.training = training
         self.validated = result if isinstance(result, dict) else {} if result is None else {"loss": result}
         self.log(self.validated, "validation", self.global_step)
+        config = self.config
+        if config.early_stopping:
+            mode, tolerance = config.early_stopping_mode, config.early_stopping_tolerance
+            sentence = self.early_stopping.after(numbers(self.validated), self.global_step, config.early_stopping_metric, mode, tolerance)
+            if self.processes.same(sentence):
+                if self.is_rank_zero():
+                    print(sentence)
+                self.stop()
 
     def _do_train_step(self, action):
         self.train_step()
 
-    _do = {"draw": _do_draw, "hypergradient": _do_hypergradient, "descend": _do_descend, "validate": _do_validate, "train_step": _do_train_step}
+    def _do_step(self, action):
+        rest, self._agenda = self._agenda, list(self._actions[action.level])
+        try:
+            while self._agenda:
+                self._perform(self._agenda[0], scheduled=True)
+        finally:
+            self._agenda += rest  # what a failure has left undone stays due
 
-    def _start_of_unroll(self, p):
-        if p.count % (p.config.unroll_steps * p.config.gradient_accumulation) == 0:
+    _do = {"draw": _do_draw, "hypergradient": _do_hypergradient, "descend": _do_descend, "validate": _do_validate, "train_step": _do_train_step, "step": _do_step,
+           "roll_back": _do_roll_back}  # fmt: skip
+
+    def _start_of_step(self, p, action):
+        "What comes before the gradient: a trial is opened, or repeated; an unroll begins"
+        length = p.config.unroll_steps * p.config.gradient_accumulation
+        if action.again is not None:
+            p.trial.repeat(p, action.again)
+        elif self.config.roll_back and p.parents and (p.count // length + 1) * length > p.config.warmup_steps:
+            p.trial = p.trial or Trial.of(p, fresh=p.count % length == 0)
+            p.trial.before = self._draws.before()
+        else:
+            p.trial = None
+        if p.count % length == 0:
             p.start_unroll()
 
+    def _after_step(self, p, action):
+        "The actions that follow from a step; if it may have to be repeated, it is remembered"
+        if action.again is None:
+            if p.trial is not None:
+                p.trial.record(p, self._draws)
+            return self._call_upper(p)
+        if action.again == len(p.trial.steps) - 1:
+            p.trial.finish(p)
+        return []
+
+    def _made_by_hand(self, action):
+        "Whether `action` repeats a step that was made by hand"
+        return action.again is not None and self._levels[action.level].trial.steps[action.again].manual
+
     def _take_gradient(self, p):
-        "The (hyper)gradient of a level on its present batch, into `.grad`"
+        "The (hyper)gradient of a level on its present batch, into `.grad`, where nothing of it stays if it fails"
+        try:
+            self._add_gradient(p)
+        except BaseException:
+            if p.count % p.config.gradient_accumulation == 0:
+                p.zero_grad()
+            raise
+
+    def _add_gradient(self, p):
         loss = p.training_loss()
         if self.config.nonfinite == "raise" and not torch.isfinite(p.last_loss):
             raise FloatingPointError(f"The loss of {p.name!r} is {p.last_loss.item()} at its step {p.steps + 1}: lower the learning rate, or look for a division by zero in its training_step.")
         if self.graph.receivers(p.name):
             result = hypergradient(self.graph, self._levels, p.name, loss=loss)
             p.add_gradient(result.total)
+            if self._logs(p, p.count + 1):
+                self._shown[p.name] = result.total
             for j, passage in result.passages.items():
                 self._levels[j].settle(p.name, passage)
         else:
@@ -242,7 +369,7 @@ class Engine:
 
     def _call_upper(self, p):
         "The actions of the levels above `p`, where its unroll is complete and all their other lower levels are ready too"
-        config, follow = p.config, []
+        config, follow, called = p.config, [], []
         if p.count % (config.unroll_steps * config.gradient_accumulation) or p.count <= config.warmup_steps:
             return follow
         for name in self.graph.feeds(p.name):
@@ -251,43 +378,70 @@ class Engine:
             if upper.ready.issuperset(self.graph.lower(name)):
                 upper.ready = set()
                 follow += self._actions[name]
-        return follow
+                called.append(name)
+        return follow + self._roll_backs(called)
+
+    def _roll_backs(self, called):
+        "The levels below those `called` that made a trial for them, upper ones first; one that will be rolled back anyway is left for then"
+        below = [j for j in reversed(self.graph.order) if self._levels[j].trial is not None and any(j in self.graph.lower(k) for k in called)]
+        return [action for action in (Action("roll_back", j) for j in below) if action not in self._agenda]
 
     def _by_hand(self, action):
         p = self._levels[action.level]
-        batch = p.batch
-        with p.gradient_aside():
+        batch, trial = p.batch, p.trial if p.trial is not None and p.trial.after is None else None
+        before = trial and trial.before
+        try:
             p.draw()
+            if trial is not None:
+                trial.before = self._draws.before()
+            self._descend_aside(p)
+            if trial is not None:
+                trial.record(p, self._draws, manual=True)
+        finally:
+            p.batch = p.batch if batch is None else batch  # the schedule may have drawn one that it has not used yet
+            if trial is not None:
+                trial.before = before
+
+    def _descend_aside(self, p):
+        "A descent that leaves the gradient gathered so far alone"
+        with p.gradient_aside():
             self._take_gradient(p)
             p.steps += 1
             p.update()
-        p.batch = p.batch if batch is None else batch  # the schedule may have drawn one that it has not used yet
 
     def step_problem(self, name):
         "A step of `name` now, with every action that falls due with it (what `problem.step()` does)"
         with self._lock:
-            rest, self._agenda = self._agenda, list(self._actions[name])
-            while self._agenda:
-                self._perform(self._agenda[0], scheduled=True)
-            self._agenda = rest
+            return self._perform(Action("step", name), scheduled=False)
 
     # Running
 
     def run(self, iterations=None, progress=False):
         """Run `iterations` iterations of the program (default: those that are left of config.train_iters, or as many again when none is).
 
-        A request to stop (`stop()`, from another thread or a hook) ends the run after the action in progress; call `run` again to go on."""
-        self.claim()
-        self.drain(iterations, progress)
+        A request to stop (`stop()`, from another thread or a hook) ends the run after the action in progress, and so does Ctrl-C; call `run` again
+        to go on. With `progress`, a bar shows the losses and the time left."""
+        if iterations is not None and (not isinstance(iterations, int) or iterations < 0):
+            raise ValueError(f"run(iterations=…) takes a whole number, or None for those that are left, got {iterations!r}.")
+        with InterruptLater(self.stop) as interrupt:
+            self.claim()
+            if interrupt.asked:  # before the claim, which forgets earlier requests
+                self.stop()
+            self.drain(iterations, progress)
 
     def claim(self):
         "Reserve the engine for one run or step; whoever comes second is refused. The claim ends with `release`, from any thread."
+        if any(p.engine is not self for p in self.problems):
+            raise RuntimeError("Another engine has been built of these problems since: use that one, or build this one again.")
         if not self._claimed.acquire(blocking=False):
             raise RuntimeError("The program is running already: pause it first, or wait until the run is over.")
         self.stop_requested = False
 
     def release(self):
         "Give back what `claim` reserved"
+        for watcher in self.watchers:
+            if hasattr(watcher, "rest"):  # from here on somebody may change the program by hand
+                watcher.rest()
         self._claimed.release()
 
     @property
@@ -297,38 +451,94 @@ class Engine:
 
     def drain(self, iterations=None, progress=False):
         "The loop of a `run` that has been claimed; it releases the claim at its end"
-        if iterations is None:
-            left = self.config.train_iters - self.completed
-            iterations = left if left > 0 else self.config.train_iters
-        goal = self.completed + iterations
+        done = self.completed
+        start = 0 if iterations is None and done < self.config.train_iters else done
+        bar = None
         try:
-            with self._bar(goal, progress) as bar:
-                while self.completed < goal and not self.stop_requested:
-                    before = self.completed
-                    self.advance()
-                    if bar is not None and self.completed > before:
-                        bar.update()
+            while not self.stop_requested:
+                goal = start + (self.config.train_iters if iterations is None else iterations)
+                if progress and self.is_rank_zero():
+                    bar = bar or Progress(self.completed, goal)
+                    bar.show(self.completed, goal, self._progress)
+                if self.completed >= goal:
+                    break
+                self.advance()
             self._check_finite()
         finally:
-            if self.logger is not None:
-                self.logger.close()
+            if bar is not None:
+                bar.close(self.completed, self._progress)
+            if hasattr(self.logger, "flush"):
+                self.logger.flush()
             self.release()
 
     def stop(self):
         "Ask a run to end after the action in progress"
         self.stop_requested = True
 
-    def _bar(self, goal, progress):
-        if not progress:
-            return nullcontext()
-        from tqdm.auto import tqdm
+    def _progress(self):
+        "The numbers that a progress bar shows"
+        losses = {p.name: p.last_loss for p in self.problems if p.last_loss is not None}
+        return numbers({**losses, "validation": self.validated})
 
-        return tqdm(initial=self.completed, total=goal, desc="betty_nb", unit="it")
+    # Checkpoints
+
+    def save(
+        self,
+        path,  # of the file; it is replaced in one step, so that a file that can be loaded is there whenever the process is killed
+    ):
+        """Write the whole program to a file, from which `load` goes on bit for bit: modules, optimizers, schedulers, loss scalers, counters, unrolls in
+        progress, random generators, and the position in the data.
+
+        Called in a hook (`validation`, `param_callback`), the file is written when the action in progress is over. What is not kept: the configuration,
+        and attributes of your own (override `extra_state` and `load_extra_state` of the problem)."""
+        with self._lock:
+            if self.nested:
+                self._saves.append(path)
+            else:
+                save_checkpoint(self, path)
+
+    def load(
+        self,
+        path,  # of the file; it may come from anywhere, nothing in it is run
+        data=True,  # whether to go on in the data where the saved program stood; False begins it anew
+    ):
+        """Bring the program to where it was when `save` wrote the file. It must be the same program: the same levels, edges, modules, optimizers and data.
+
+        A file that is damaged, foreign or of another program is refused with a ValueError, and the program stays exactly as it is."""
+        if self.nested:
+            raise RuntimeError("A program can't be loaded in the middle of an action: call engine.load outside of the hooks.")
+        self.claim()
+        try:
+            with self._lock:
+                load_checkpoint(self, path, data)
+        finally:
+            self.release()
+
+    def training_state(self):
+        "What a checkpoint keeps of the engine besides its levels"
+        return {
+            "global_step": self.global_step, "agenda": [dataclasses.astuple(a) for a in self._agenda], "taken": self._taken, "shown": self._shown,
+            "validated": self.validated, "early_stopping": vars(self.early_stopping),
+        }  # fmt: skip
+
+    def load_training_state(self, state):
+        "Put back what `training_state` gave"
+        agenda = [Action(*a) for a in state["agenda"]]
+        for action in agenda:
+            if action.kind not in self._do or (action.level and action.level not in self._levels):
+                raise ValueError(f"the action {action.kind!r} of {action.level!r} is none of this program")
+        self.global_step, self._agenda, self._taken, self._shown = state["global_step"], agenda, state["taken"], state["shown"]
+        self.validated, self.early_stopping = state["validated"], EarlyStopping(**state["early_stopping"])
 
     def train_step(self):
         "One iteration: a step of each leaf. Override to step the levels in an order of your own (`self.inner.step()`)."
-        for leaf in self._leaves:
-            self._levels[leaf].step()
+        for leaf in self.leaves:
+            leaf.step()
+
+    @property
+    def leaves(self):
+        "The levels that no other level feeds: those that `run` steps"
+        return [self._levels[name] for name in self._leaves]
 
     def validation(self):
         "Override to evaluate the whole program; return a dictionary of numbers, or a loss"
@@ -344,6 +554,10 @@ class Engine:
             p.eval()
 
     # Looking
+
+    def summary(self):
+        "The Summary: levels, parameters, optimizers, methods, constraining sets and paths, as text and HTML"
+        return summary(self)
 
     def level(self, name):
         "The problem called `name`"
@@ -370,15 +584,46 @@ class Engine:
 
     def log(self, stats, tag, step):
         "Send numbers to the logger"
-        if self.logger is None:
-            self.logger = make_logger(self.config.logger_type, self.config.log_dir)
-        self.logger.log(stats, tag, step)
+        self._present_logger().log(stats, tag, step)
+
+    def _present_logger(self):
+        "The logger that the options ask for now, unless one was assigned to `engine.logger`"
+        asked = self.config.logger_type, self.config.log_dir
+        if self.logger is None or self._logger_asked not in (None, asked):
+            if hasattr(self.logger, "close"):
+                self.logger.close()
+            self.logger, self._logger_asked = make_logger(*asked) if self.is_rank_zero() else Logger(), asked
+        if self._started is not self.logger:
+            self._started = self.logger
+            if hasattr(self.logger, "start"):
+                self.logger.start(self._options(), self.graph)
+        return self.logger
+
+    def _options(self):
+        "{name: value} of every option of the engine and of the levels"
+        options = {f"engine/{f.name}": getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        for p in self.problems:
+            options.update({f"{p.name}/{f.name}": getattr(p.config, f.name) for f in dataclasses.fields(p.config)})
+            options[f"{p.name}/method"], options[f"{p.name}/module"] = str(p.method), type(p.module).__name__
+            options[f"{p.name}/optimizer"] = type(p.optimizer).__name__
+            for group in getattr(p.optimizer, "param_groups", ())[:1]:
+                options.update({f"{p.name}/optimizer/{k}": v for k, v in group.items() if k != "params" and not isinstance(v, torch.Tensor)})
+        return options
+
+    def _logs(self, p, count):
+        "Whether step number `count` of a level is logged"
+        every = p.config.log_step
+        return every > 0 and count % every == 0
 
     def _report(self, p):
-        every = p.config.log_step
-        if every > 0 and p.count % every == 0:
+        if self._logs(p, p.count):
             self._warn_if_nonfinite(p)
-            self.log({"loss": p.last_loss, **p.metrics}, p.name, p.count if p.config.log_local_step else self.global_step)
+            logger, step = self._present_logger(), p.count if p.config.log_local_step else self.global_step
+            logger.log({"loss": p.last_loss, **p.metrics}, p.name, step)
+            total = self._shown.pop(p.name, None)
+            if total is not None and hasattr(logger, "histogram"):
+                names = [name for name, _ in p.named_trainable_parameters()]
+                logger.histogram({f"hypergradient/{name}": g for name, g in zip(names, total)}, p.name, step)
 
     def _check_finite(self):
         for p in self.problems:
@@ -391,7 +636,7 @@ class Engine:
 
     def is_rank_zero(self):
         "Whether this process does the logging"
-        return True
+        return self.processes.rank == 0
 
     def __repr__(self):
         lines = [f"Engine, iteration {self.completed} of {self.config.train_iters}, next: {self.next_action}"]

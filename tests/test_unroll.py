@@ -503,7 +503,7 @@ def test_400_steps_in_a_quarter_of_the_memory():
 def test_400_steps_in_at_most_1_6_times_the_time():
     plain, checkpointed = weights_program(400, width=128)
     ratios = []
-    for _ in range(5):
+    for _ in range(3):
         times = []
         for run in (plain, checkpointed):
             start = time.process_time()
@@ -519,7 +519,7 @@ def test_400_steps_in_at_most_1_6_times_the_time():
 def three(kinds, move=0.0):
     "top sees mid and low, mid sees low; `kinds` of mid and low"
     torch.manual_seed(0)
-    A, B = (torch.eye(3, dtype=DOUBLE) + 0.2 * torch.randn(3, 3, dtype=DOUBLE) for _ in range(2))
+    A, B = (torch.eye(3, dtype=DOUBLE) + 0.1 * torch.randn(3, 3, dtype=DOUBLE) for _ in range(2))  # solved in few steps
 
     class Low(kinds[1]):
         def training_step(self):
@@ -535,11 +535,11 @@ def three(kinds, move=0.0):
 
     def level(cls, name, value, **config):
         module = Vector(torch.full((3,), value, dtype=DOUBLE))
-        return cls(name, Config(**config), module, torch.optim.SGD(module.parameters(), lr=0.3, momentum=0.2))
+        return cls(name, Config(**config), module, torch.optim.SGD(module.parameters(), lr=0.7, momentum=0.05))
 
-    low = level(Low, "low", 0.2, unroll_steps=80, **({"type": "exact"} if kinds[1] is ImplicitProblem else {}))
+    low = level(Low, "low", 0.2, unroll_steps=30, **({"type": "exact"} if kinds[1] is ImplicitProblem else {}))
     mid = level(Mid, "mid", 0.1, unroll_steps=1, **({"type": "exact"} if kinds[0] is ImplicitProblem else {}))
-    mid.config.unroll_steps = 60 if kinds[0] is IterativeProblem else 80
+    mid.config.unroll_steps = 30
     top = level(Top, "top", 0.5)
     top.module.value.data[0] += move
     edges = {"u2l": {top: [low]}, "l2u": {low: [mid], mid: [top]}}

@@ -10,21 +10,24 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, option, register, relative
+from .method import NON_FINITE, LinearSolve, Solve, option, register
 
 # %% ../../nbs/core/03_cg.ipynb #68fbf969
 class Orthogonal:
     "The residuals of a solve, kept as orthonormal rows as long as `steps` of them fit into `memory` numbers"
 
+    few = 5  # steps in which rounding does nothing yet
+
     def __init__(self, vector, steps, memory):
         self.count, self.rows = 0, None
-        if steps * len(vector) <= memory:
+        if self.few < steps and steps * len(vector) <= memory:
             self.rows = vector.new_zeros(steps, len(vector))
 
     def add(self, residual):
         "Keep the direction of `residual`; the next one is made orthogonal to it"
         if self.rows is not None:
-            self.rows[self.count] = residual / torch.linalg.vector_norm(residual).clamp_min(torch.finfo(residual.dtype).tiny)
+            norm = torch.linalg.vector_norm(residual).clamp_min(torch.finfo(residual.dtype).tiny)
+            torch.div(residual, norm, out=self.rows[self.count])
             self.count += 1
 
     def clean(self, residual):
@@ -32,7 +35,7 @@ class Orthogonal:
         if self.count == 0:
             return residual
         rows = self.rows[: self.count]
-        return residual - rows.T @ (rows @ residual)
+        return torch.addmv(residual, rows.T, rows @ residual, alpha=-1)
 
 
 @register("cg")
@@ -61,32 +64,43 @@ class CG(LinearSolve):
             return hvp(p) + self.damping * p if self.damping else hvp(p)
 
         w, r = self._begin(product, vector, start)
-        p, rr = r, r @ r
-        floor = vector @ vector * torch.finfo(vector.dtype).eps ** 2  # |r| below eps |v| is rounding noise
-        curved = broken = torch.zeros_like(rr, dtype=torch.bool)  # met negative curvature, met a number that is not finite
+        p, rr, vv = r, r @ r, vector @ vector
+        floor = vv * torch.finfo(vector.dtype).eps ** 2  # |r| below eps |v| is rounding noise
+        going = torch.isfinite(rr)
         kept = Orthogonal(vector, self.iterations, self.memory)
-        residuals = []
+        squares, curvatures, made = [rr], [], []  # |r|^2, p H p, and whether the step was made
         for _ in range(self.iterations):
             hp = product(p)
-            php = p @ hp
-            broken = broken | ~torch.isfinite(php)
-            live = (rr > floor) & ~curved
-            curved = curved | (live & (php <= 0))
-            step = torch.where(live & ~curved & ~broken, rr / php, 0.0)
+            curvature = p @ hp
+            step = rr / curvature
+            # At the first step that can't be made w comes to rest, whatever becomes of r and p.
+            going = going & (rr > floor) & (step > 0)
+            w = torch.where(going, torch.addcmul(w, step, p), w)
             kept.add(r)
-            w, r = torch.where(step > 0, w + step * p, w), torch.where(step > 0, kept.clean(r - step * hp), r)
-            new = r @ r
-            p = torch.where(step > 0, r + new / rr * p, p)
-            rr = torch.where(step > 0, new, rr)
-            residuals.append(relative(r, vector))
-            if self.tolerance and residuals[-1].item() <= self.tolerance:
+            r = kept.clean(torch.addcmul(r, step, hp, value=-1))
+            before, rr = rr, r @ r
+            p = torch.addcmul(r, rr / before, p)
+            squares.append(rr), curvatures.append(curvature), made.append(going)
+            if self.tolerance and bool(~going | (rr <= self.tolerance**2 * vv)):
                 break
+
+        def residuals():
+            norms = torch.stack(squares)[torch.stack(made).cumsum(0)].sqrt()
+            return list((norms / torch.where(vv > 0, vv, torch.ones_like(vv)).sqrt()).unbind())
+
+        def stopped_by(reason):
+            last = int(sum(made))
+            return last < len(made) and bool(reason(curvatures[last]) & ~(squares[last] <= floor))
+
         advice = (
             "The level's Hessian has a direction of negative curvature, so it is not at a minimum; the solution found before was kept: "
             "train the level further, add weight decay, or set damping."
         )
-        trouble = {"non-finite": (broken, NON_FINITE), "negative curvature": (curved, advice)}
-        return Solve(w, len(residuals), residuals, trouble, self.tolerance or Solve.tolerance)
+        trouble = {
+            "non-finite": (lambda: stopped_by(lambda c: ~torch.isfinite(c)), NON_FINITE),
+            "negative curvature": (lambda: stopped_by(lambda c: c <= 0), advice),
+        }
+        return Solve(w, len(made), residuals, trouble, self.tolerance or Solve.tolerance)
 
     def _begin(self, product, vector, start):
         "The first w and its residual: those of `start`, if that is any better than zeros"

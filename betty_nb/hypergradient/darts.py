@@ -22,14 +22,15 @@ def central_difference(
     # A direction of zeros is none: the clamp turns 0/0 into a displacement of zero, hence a result of zero.
     radius = length / torch.linalg.vector_norm(direction).clamp_min(torch.finfo(direction.dtype).tiny)
     rng = RandomState(torch_only=True)
-    plus = level.gradient_at(radius * direction)
+    displacement = radius * direction
+    plus = level.gradient_at(displacement)
     rng.restore()
-    minus = level.gradient_at(-radius * direction)
-    parts = {}
+    minus = level.gradient_at(-displacement)
+    parts, distance = {}, 2 * radius
     for name in plus:
         pairs = zip(plus[name], minus[name])
-        parts[name] = [None if p is None or m is None else (m - p) / (2 * radius) for p, m in pairs]
-    return parts, radius * direction
+        parts[name] = [None if p is None or m is None else (m - p) / distance for p, m in pairs]
+    return parts, displacement
 
 
 @register("darts")
@@ -38,9 +39,23 @@ class Darts(Method):
     "Central difference along the vector, with the identity for the inverse Hessian"
 
     linear = False  # the radius depends on the vector
+    second_order = False
     alpha: float = option(0.01, "length of the displacement of the level's parameters, in their own unit", above=0.0, main=True)
     multitask: bool = option(False, "after a training hypergradient also move the level by -alpha v / |v|: it then descends the upper loss too")
 
     def pull_back(self, level, vector):
         parts, displacement = central_difference(level, vector, self.alpha)
-        return parts, Solve(vector=vector, shift=-displacement if self.multitask else None)
+        return parts, Solve(vector=vector, trouble=self._rounding(level), shift=-displacement if self.multitask else None)
+
+    def _rounding(self, level):
+        "What is to be said about a displacement that half precision rounds away"
+        dtype = getattr(level.problem, "autocast", None) or level.theta[0].dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            return {}
+        needed = 10 * torch.finfo(dtype).eps * torch.stack([torch.linalg.vector_norm(t.detach()) for t in level.theta]).norm()
+
+        def advice():
+            name = str(dtype).removeprefix("torch.")
+            return f"The displacement of {self.alpha:g} is lost in the rounding of {name}: set alpha to about {float(needed):.1g}, or use sama or a method with second derivatives."
+
+        return {"rounding": (needed > self.alpha, advice)}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NON_FINITE', 'METHODS', 'flatten', 'unflatten', 'RandomState', 'Restoring', 'undisturbed', 'displaced',
-           'Linearization', 'Solve', 'relative', 'noise', 'single', 'finite', 'option', 'check_option', 'Method',
-           'LinearSolve', 'register', 'BettyFunction', 'method_class', 'make_method']
+           'twice_differentiable', 'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single',
+           'finite', 'option', 'check_option', 'Method', 'LinearSolve', 'register', 'BettyFunction', 'method_class',
+           'make_method']
 
 # %% ../../nbs/core/01_method.ipynb #0dfd7f2b
 import dataclasses
@@ -18,6 +19,7 @@ from typing import ClassVar
 
 import torch
 
+from ..distributed import ALONE
 from ..graph import closest
 
 # %% ../../nbs/core/01_method.ipynb #62980fed
@@ -25,13 +27,13 @@ def flatten(tensors, like=None):
     "One vector (n,) from a list of tensors; a tensor that is None counts as zeros of the shape of its counterpart in `like`"
     if like is not None:
         tensors = [torch.zeros_like(o) if t is None else t for t, o in zip(tensors, like)]
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
 
 
 def unflatten(vector, like):
     "The list of tensors, shaped as those of `like`, whose `flatten` is `vector` (n,)"
-    pieces = vector.split([t.numel() for t in like])
-    return [piece.view_as(t) for piece, t in zip(pieces, like)]
+    pieces = torch.split_with_sizes(vector, [t.numel() for t in like]) if len(like) > 1 else [vector]
+    return [piece.view(t.shape) for piece, t in zip(pieces, like)]
 
 # %% ../../nbs/core/01_method.ipynb #11f37cae
 class RandomState:
@@ -58,9 +60,14 @@ class RandomState:
     def __eq__(self, other):
         "Whether the two states, saved with the same `torch_only`, are the same"
         same = torch.equal(self.cpu, other.cpu) and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda))
+        return same and self.same_outside_torch(other)
+
+    def same_outside_torch(self, other):
+        "Whether the states of Python's and NumPy's generators are the same"
+        same = self.python == other.python
         if self.numpy is not None and other.numpy is not None:
             same = same and self.numpy[2:] == other.numpy[2:] and bool((self.numpy[1] == other.numpy[1]).all())
-        return same and self.python == other.python
+        return same
 
 
 class Restoring:
@@ -124,7 +131,50 @@ class displaced(Restoring):
         for p, old in zip(self.parameters, self._old):
             p.data = old
 
-# %% ../../nbs/core/01_method.ipynb #de999a87
+# %% ../../nbs/core/01_method.ipynb #db9cedb0
+class twice_differentiable(Restoring):
+    "A context: attention is computed by a kernel that has second derivatives"
+
+    # torch.nn.attention.sdpa_kernel does the same in 15 times the time, as a generator that an interrupt can leave open.
+    _kernels = ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp")
+
+    def _keep(self):
+        self._on = [k for k in self._kernels if getattr(torch.backends.cuda, f"{k}_enabled")()]
+        self._math = torch.backends.cuda.math_sdp_enabled()
+
+    def _change(self):
+        for kernel in self._on:
+            getattr(torch.backends.cuda, f"enable_{kernel}")(False)
+        torch.backends.cuda.enable_math_sdp(True)
+
+    def _restore(self):
+        for kernel in self._on:
+            getattr(torch.backends.cuda, f"enable_{kernel}")(True)
+        torch.backends.cuda.enable_math_sdp(self._math)
+
+# %% ../../nbs/core/01_method.ipynb #aae9f919
+def derivative(
+    outputs,  # a scalar tensor, or a list of tensors
+    inputs,  # list of tensors
+    vectors=None,  # list of tensors along `outputs`; None for a scalar
+    scale=1.0,  # the largest entry of `vectors` during the pass; 1 leaves them as they are
+    **options,  # of torch.autograd.grad
+):
+    "The products of `vectors` with the derivatives of `outputs` in `inputs`, a list of tensors (None for inputs that do not count)"
+    if scale == 1.0:
+        return torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, **options)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    vectors = [torch.ones_like(o) for o in outputs] if vectors is None else vectors
+    largest = torch.stack([v.abs().max() for v in vectors if v.numel()]).max().float()
+    largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    while True:
+        enlarged = [(v * (scale / largest)).to(v.dtype) for v in vectors]
+        found = torch.autograd.grad(outputs, inputs, enlarged, allow_unused=True, **{**options, "retain_graph": True})
+        if scale < 1e-3 or all(torch.isfinite(g).all() for g in found if g is not None):
+            return [None if g is None else g * (largest / scale).to(g.dtype) for g in found]
+        scale /= 16
+
+# %% ../../nbs/core/01_method.ipynb #b701e7fb
 class Linearization:
     "One level near its present parameters, on one batch"
 
@@ -137,10 +187,12 @@ class Linearization:
         problem=None,  # the Problem itself, for methods that ask for its optimizer
         start=None,  # (n,) what the method found the last time, for a warm start
         modules=(),  # those whose buffers an evaluation of the loss may change
+        scale=1.0,  # see `derivative`: 1 but for a level in float16
     ):
         self.loss, self.theta, self.wrt, self.name = loss, list(theta), {k: list(v) for k, v in wrt.items()}, name
         self.problem, self.start, self.modules = problem, start, [m for m in modules if m is not None]
-        self.n = sum(t.numel() for t in self.theta)
+        self.n, self.scale = sum(t.numel() for t in self.theta), scale
+        self.processes = getattr(problem, "processes", ALONE)
         self.hvps = 0  # Hessian-vector products so far, the mixed product of `mixed` not counted
         self._gradient = None
 
@@ -148,7 +200,7 @@ class Linearization:
     def gradient(self):
         "The gradient of the loss with respect to theta, a list of tensors with graph (None where the loss does not use a parameter)"
         if self._gradient is None:
-            self._gradient = torch.autograd.grad(self.loss(), self.theta, create_graph=True, allow_unused=True)
+            self._gradient = derivative(self.loss(), self.theta, scale=self.scale, create_graph=True)
         return self._gradient
 
     def hvp(self, vector):
@@ -178,7 +230,7 @@ class Linearization:
                 stack.enter_context(displaced(self.theta, unflatten(step, self.theta)))
             for x, move in (moved or {}).items():
                 stack.enter_context(displaced(self.wrt[x], unflatten(move, self.wrt[x])))
-            return flatten(torch.autograd.grad(self.loss(), self.theta, allow_unused=True), self.theta)
+            return flatten(self.mean_derivative(self.loss(), self.theta), self.theta)
 
     def force(self, moves, parameters):
         "The change (n,) of the level's gradient when other levels move by `moves`, {name: (n,)}, with parameters(name); None when it does not change"
@@ -186,24 +238,29 @@ class Linearization:
         flat = [t for x in others for t in others[x]]
         if not flat:
             return None
-        grads = torch.autograd.grad(self.loss(), flat, create_graph=True, allow_unused=True)
+        grads = derivative(self.loss(), flat, scale=self.scale, create_graph=True)
         steps = [s for x in others for s in unflatten(moves[x], others[x])]
         slopes = [(g * s).sum() for g, s in zip(grads, steps) if g is not None and g.requires_grad]
         if not slopes:
             return None
-        return flatten(torch.autograd.grad(sum(slopes), self.theta, allow_unused=True), self.theta)
+        return flatten(self.mean_derivative(sum(slopes), self.theta), self.theta)
 
     def gradient_at(self, step):
         "For each level x of `wrt` the gradient dC/dx at theta + step, step (n,), as {name: list of tensors or None}"
         with displaced(self.theta, unflatten(step, self.theta)):
-            return self._by_level(torch.autograd.grad(self.loss(), self._flat_wrt(), allow_unused=True))
+            return self._by_level(self.mean_derivative(self.loss(), self._flat_wrt()))
 
     def _vjp(self, vector, targets, batched=False):
         pairs = [(g, u) for g, u in zip(self.gradient, self._pieces(vector, batched)) if g is not None and g.requires_grad]
         if not pairs:  # a loss that is linear in theta and nothing else
             return [None] * len(targets)
         outputs, vectors = zip(*pairs)
-        return torch.autograd.grad(outputs, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+        like = [t.expand(len(vector), *t.shape) for t in targets] if batched else targets
+        return self.processes.mean(derivative(outputs, targets, vectors, self.scale, retain_graph=True, is_grads_batched=batched), like)
+
+    def mean_derivative(self, loss, inputs):
+        "The gradient of the loss, or of the mean of the losses of all processes"
+        return self.processes.mean(derivative(loss, inputs, scale=self.scale), inputs)
 
     def _pieces(self, vector, batched):
         if not batched:
@@ -218,7 +275,7 @@ class Linearization:
         flat = iter(flat)
         return {name: [next(flat) for _ in tensors] for name, tensors in self.wrt.items()}
 
-# %% ../../nbs/core/01_method.ipynb #801e3573
+# %% ../../nbs/core/01_method.ipynb #ef242b04
 NON_FINITE = "The solution is not finite: look for non-finite values in the level's loss or in the vector that reaches it."
 
 
@@ -228,12 +285,23 @@ class Solve:
 
     vector: object = None  # w, (n,); None for methods that never form it
     iterations: int = 0
-    residuals: list = field(default_factory=list)  # |H w - v| / |v| after each iteration, 0-d tensors or numbers
+    residuals: list = field(default_factory=list)  # |H w - v| / |v| after each iteration, 0-d tensors or numbers; or a function that gives the list when
+    # somebody reads it
     trouble: dict = field(default_factory=dict)  # {status: (flag, advice)}: what went wrong if the flag, a bool or 0-d tensor, is true;
-    # the advice is a sentence, or a function that gives one when somebody reads it
+    # the advice is a sentence; both may be functions that give them when somebody reads the status
     tolerance: float = 1e-4  # residual up to which the solve counts as converged
     standard_error: object = None  # of the pulled-back vector, a 0-d tensor: root of the summed variances; None where nothing is sampled
     shift: object = None  # (n,) by which the level's parameters are moved after a training hypergradient; None, the rule, for not at all
+
+    def __post_init__(self):
+        if callable(self.residuals):
+            self._residuals = self.__dict__.pop("residuals")
+
+    def __getattr__(self, name):  # called for what is not there (yet)
+        if name != "residuals" or "_residuals" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.residuals = self._residuals()
+        return self.residuals
 
     @property
     def residual(self):
@@ -254,7 +322,7 @@ class Solve:
     @property
     def _finding(self):
         for status, (flag, advice) in self.trouble.items():
-            if bool(flag):
+            if bool(flag() if callable(flag) else flag):
                 return status, advice
         if self.vector is not None and not torch.isfinite(self.vector).all() or self.residual != self.residual:
             return "non-finite", NON_FINITE
@@ -271,6 +339,13 @@ def relative(residual, vector):
     return torch.linalg.vector_norm(residual) / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
+def ratios(norms):
+    "The `norms`, a list of 0-d tensors, in units of the first; where that is zero, as they are"
+    norms = torch.stack(norms)
+    first = norms[0]
+    return list((norms / torch.where(first > 0, first, torch.ones_like(first))).unbind())
+
+
 def noise(vector):
     "Relative size up to which a number is rounding noise, for the precision of `vector`; half precision has few digits to lose"
     eps = torch.finfo(vector.dtype).eps
@@ -284,7 +359,7 @@ def single(tensor):
 
 def finite(vector):
     "`vector` if all of it is finite, else zeros: one bad number must not spread to every level above; the method's status says what happened"
-    return torch.where(torch.isfinite(vector).all(), vector, torch.zeros_like(vector))
+    return torch.where(torch.isfinite(vector).all(), vector, vector.new_zeros(()))
 
 
 def option(default, doc, low=None, above=None, main=False):
@@ -312,6 +387,7 @@ class Method:
     name: ClassVar[str] = ""  # set by `register`
     flat: ClassVar[dict] = {}  # {field: its name among the flat options of Config}, where that is not "<name>_<field>"
     linear: ClassVar[bool] = True  # whether the pull-back is linear in the vector, so that the shares of the paths add up
+    second_order: ClassVar[bool] = True  # whether it takes second derivatives of the level's loss
     warm_start: ClassVar[bool] = False  # whether it starts from `level.start`, its `Solve.vector` of the last training hypergradient
 
     def pull_back(self, level, vector):
@@ -361,7 +437,7 @@ class LinearSolve(Method):
         parts = level.mixed(solve.vector)
         return {name: [None if t is None else -t for t in tensors] for name, tensors in parts.items()}, solve
 
-# %% ../../nbs/core/01_method.ipynb #2105d465
+# %% ../../nbs/core/01_method.ipynb #cc793563
 METHODS = {}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, finite, option, register, relative
+from .method import NON_FINITE, LinearSolve, Solve, finite, option, ratios, register
 
 # %% ../../nbs/core/10_neumann.ipynb #af198a1f
 def extreme_eigenvalues(
@@ -80,15 +80,14 @@ class Neumann(LinearSolve):
 
     def solve(self, hvp, vector):
         term = total = vector
-        residuals = [relative(vector, vector)]
+        norms = [torch.linalg.vector_norm(vector)]
         for _ in range(self.iterations):
-            term = term - self.alpha * hvp(term)
+            term = torch.sub(term, hvp(term), alpha=self.alpha)
             total = total + term
-            residuals.append(relative(term, vector))
+            norms.append(torch.linalg.vector_norm(term))
         w = self.alpha * total
-        grows = growing(residuals)
         trouble = {
-            "non-finite": (not_finite(w, residuals, grows), NON_FINITE),
-            "diverging": (grows, lambda: step_advice(hvp, [vector, term], "neumann.alpha")),
+            "non-finite": (lambda: not_finite(w, ratios(norms), growing(ratios(norms))), NON_FINITE),
+            "diverging": (lambda: growing(ratios(norms)), lambda: step_advice(hvp, [vector, term], "neumann.alpha")),
         }
-        return Solve(finite(w), self.iterations, residuals[1:], trouble)
+        return Solve(finite(w), self.iterations, lambda: ratios(norms)[1:], trouble)

@@ -20,6 +20,7 @@ class Penalty(Method):
     "Difference of first derivatives between the level and a copy that the vector tilts"
 
     linear = False  # the tilt is normalised, and the copy moves where the loss is not quadratic
+    second_order = False
     iterations: int = option(20, "steps of the copy, one gradient of the level each", low=1, main=True)
     sigma: float = option(0.001, "norm of the tilt; the error grows with it, rounding with its inverse", above=0.0, main=True)
     rate: float = option(0.0, "step size of the copy; 0 chooses each step from the curvature met in the one before", low=0.0)

@@ -55,14 +55,14 @@ class _Objective:
         self.evaluations += 1
         with self._there(step):
             loss = self.level.loss()
-            slope = flatten(torch.autograd.grad(loss, self.level.theta, allow_unused=True), self.level.theta)
-        loss = loss.detach()
+            slope = flatten(self.level.mean_derivative(loss, self.level.theta), self.level.theta)
+        (loss,) = self.level.processes.mean([loss.detach()], [loss])
         return (loss, slope) if self.tilt is None else (loss + self.tilt @ step, slope + self.tilt)
 
     def newton_step(self, step, slope, tolerance):
         "-H^-1 slope at theta + step, by conjugate gradients"
         with self._there(step):
-            here = Linearization(self.level.loss, self.level.theta, {})
+            here = Linearization(self.level.loss, self.level.theta, {}, problem=self.level.problem, scale=self.level.scale)
             solve = CG(iterations=min(4 * self.level.n, 1000), tolerance=tolerance).solve(here.hvp, -slope)
             self.evaluations += 1 + here.hvps
             return solve.vector

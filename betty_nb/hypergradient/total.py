@@ -29,6 +29,8 @@ class TotalLinearization(Linearization):
         self.inner = type(sweep)(sweep.graph, sweep.problems, level, (level, *wrt), sweep.methods, sweep.hessian)
         self.inner.theta.update({level: self.theta, **wrt})
         self.below = sweep.graph.answering(level, self.inner.total)
+        coarse = [getattr(sweep.problems[j], "autocast", None) for j in (level, *self.below)]
+        self._eps = max((torch.finfo(dtype).eps for dtype in coarse if dtype is not None), default=0.0)
         for j in self.below:
             method = self._method(j)
             if not isinstance(method, LinearSolve):
@@ -61,7 +63,7 @@ class TotalLinearization(Linearization):
 
     def _difference(self, vector):
         "The derivative of the total gradient along a move of the level's own parameters, as {target: list of tensors}"
-        return difference(self._total_gradient, self.level, vector, self.theta)
+        return difference(self._total_gradient, self.level, vector, self.theta, self._eps)
 
     def _total_gradient(self, steps):
         "The total gradient of the level's loss, as {target: list of tensors}, with levels moved by `steps`, {name: (n,)}, and those below along"
@@ -94,7 +96,7 @@ class TotalLinearization(Linearization):
         if not moves:
             return None
         size = torch.cat([*moves.values()]).norm()
-        radius = step_length(size, [t for x in moves for t in parameters(x)])
+        radius = step_length(size, [t for x in moves for t in parameters(x)], self._eps)
         ahead = self._total_gradient({x: radius * v for x, v in moves.items()})[self.level]
         behind = self._total_gradient({x: -radius * v for x, v in moves.items()})[self.level]
         return flatten([(a - b) / (2 * radius) for a, b in zip(ahead, behind)])
@@ -107,15 +109,15 @@ class TotalLinearization(Linearization):
         return theta[name] if name in theta else list(self.sweep.problems[name].meta_trainable_parameters())
 
 
-def difference(gradient, name, vector, parameters):
+def difference(gradient, name, vector, parameters, eps=0.0):
     "The central difference of `gradient(steps)`, {target: list of tensors}, along `vector` (n,) in the parameters of level `name`"
-    radius = step_length(vector.norm(), parameters)
+    radius = step_length(vector.norm(), parameters, eps)
     ahead, behind = gradient({name: radius * vector}), gradient({name: -radius * vector})
     return {t: [(a - b) / (2 * radius) for a, b in zip(ahead[t], behind[t])] for t in ahead}
 
 
-def step_length(size, parameters):
-    "The factor for a direction of norm `size` that balances rounding against curvature in a central difference"
-    eps = torch.finfo(size.dtype).eps ** (1 / 3)
+def step_length(size, parameters, eps=0.0):
+    "The factor for a direction of norm `size` that balances rounding, of at least `eps`, against curvature in a central difference"
+    eps = max(eps, torch.finfo(size.dtype).eps) ** (1 / 3)
     scale = torch.stack([p.detach().norm() for p in parameters]).norm().clamp_min(1.0)
     return eps * scale / size.clamp_min(torch.finfo(size.dtype).tiny)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from .method import Method, Solve, flatten, option, register
+from .method import Method, Solve, derivative, flatten, option, register
 
 # %% ../../nbs/core/16_unroll.ipynb #c2a74bcb
 class _Inputs:
@@ -124,6 +124,7 @@ class Unroll(_Through):
 
     truncate: int = option(0, "go back through the last steps only, this many; 0 for all", low=0)
     checkpoint: int = option(0, "steps whose graph is held at a time; 0 for the square root of unroll_steps", low=0)
+    second_order = property(lambda self: not self.first_order)
     first_order: bool = option(False, "leave out second derivatives: the gradient of a step counts as a constant")
 
     def _pulled(self, replay, adjoint, wanted):
@@ -157,7 +158,7 @@ class Unroll(_Through):
         numbers = [v for part in state for v in part.values() if isinstance(v, torch.Tensor) and v.requires_grad]
         live = [t for t in wanted if id(t) not in replay.placed]
         others = inputs.made + [(t, t) for t in live]
-        grads = iter(self._grad(pairs, [*leaves, *numbers, *(t for t, _ in others)]))
+        grads = iter(self._grad(replay, pairs, [*leaves, *numbers, *(t for t, _ in others)]))
         before = [next(grads) if p.requires_grad else None for p in parameters]
         before = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, before)]
         before_state = [{k: next(grads) for k, v in part.items() if isinstance(v, torch.Tensor) and v.requires_grad} for part in state]
@@ -166,9 +167,9 @@ class Unroll(_Through):
         return before, before_state, _deviation(after, end)
 
     @staticmethod
-    def _grad(pairs, inputs):
+    def _grad(replay, pairs, inputs):
         outputs, vectors = zip(*pairs)
-        return torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)
+        return derivative(outputs, inputs, vectors, replay.problem.loss_scale)
 
     def _beginning(self, replay, adjoint, wanted, total):
         "From the first parameters of the unroll to what they were copied or computed from"
@@ -181,7 +182,7 @@ class Unroll(_Through):
         pairs = [(t, adjoint[i]) for i, t in chosen.items() if t.requires_grad]
         targets = inputs.made + [(t, t) for t in wanted if id(t) not in replay.placed]
         if pairs and targets:
-            for (_, parameter), g in zip(targets, self._grad(pairs, [t for t, _ in targets])):
+            for (_, parameter), g in zip(targets, self._grad(replay, pairs, [t for t, _ in targets])):
                 _accumulate(total, parameter, g)
 
 

@@ -18,6 +18,7 @@ from .resolve import gradient, resolve
 class ZerothOrder(Method):
     "Base of the methods that evaluate the level's answer at random upper parameters"
 
+    second_order = False
     samples: int = option(16, "random directions; the error falls with their square root", low=2, main=True)
     sigma: float = option(0.05, "standard deviation of the perturbation, in the unit of the upper parameters", above=0.0, main=True)
     steps: int = option(10, "steps of the level's answer, one gradient each", low=1)

@@ -14,7 +14,7 @@ import torch
 
 from ..hypergradient.unroll import Unroll
 from ..optim import options_of, parameters_of, refusal
-from .path import Copies, Draws, Pass, Path, Replay
+from .path import Copies, Draws, Kept, Pass, Path, Replay, Start, Step, Stretch
 from .problem import Problem
 
 # %% ../../nbs/core/32_iterative.ipynb #6bda0ed3
@@ -22,6 +22,7 @@ class IterativeProblem(Problem):
     "A level whose hypergradient passes through the steps of its present unroll, by iterative differentiation"
 
     kind = "iterative"
+    kept_classes = Problem.kept_classes + (Kept, Stretch, Start, Step, Pass)
 
     # To be overridden where it is needed
 
@@ -42,6 +43,11 @@ class IterativeProblem(Problem):
         self._path, self._pass, self._draws = None, None, Draws()
 
     def initialize(self, engine):
+        if engine.processes.count > 1:
+            raise ValueError(
+                f"Level {self.name!r}: an IterativeProblem runs in one process, since its steps are repeated there: make it an ImplicitProblem, "
+                "or use EngineConfig(strategy='default')."
+            )
         super().initialize(engine)
         if self.optimizer is not None and (sentence := refusal(self.optimizer)):
             raise ValueError(f"Level {self.name!r} can't be an IterativeProblem: {sentence}")
@@ -124,7 +130,7 @@ class IterativeProblem(Problem):
         seen, counters = self._path.others.seen(), (self.count, self.steps)
         before = self._draws.before()
         loss = super().training_loss()
-        self._pass = (self.batch, seen, counters, self._draws.used(before), self.config.gradient_accumulation)
+        self._pass = (self.batch, seen, counters, self._draws.used(before), self.config.gradient_accumulation, self.loss_scale)
         return loss
 
     def gradient(self, loss):
@@ -139,9 +145,18 @@ class IterativeProblem(Problem):
         self._learn_options()
         options = [] if self.optimizer is None else options_of(self.optimizer)
         before = self._draws.before()
-        super().update()
         truncate = getattr(self.config.type, "truncate", 0)
-        self._path.add_step(options, self._draws.used(before), truncate)
+        try:
+            moved = super().update()
+        except BaseException:
+            if self.descended:
+                self._path.add_step(options, self._draws.used(before), truncate)
+            raise
+        if moved:
+            self._path.add_step(options, self._draws.used(before), truncate)
+        else:  # float16 overflowed: no step was made
+            self._path.passes = ()
+        return moved
 
     def _learn_options(self):
         with torch.no_grad():
@@ -168,8 +183,17 @@ class IterativeProblem(Problem):
     def memory(self):
         return None if self._path is None else self._path.kept()
 
-    def recall(self, memory):
-        self._path = None if memory is None else memory.restored()
+    def recall(self, memory, elsewhere=False):
+        self._path = None if memory is None else memory.restored(self)
+        if elsewhere and self._path is not None:
+            self._path.others.forget()
+
+    def training_state(self):
+        return {**super().training_state(), "path": self.memory()}
+
+    def load_training_state(self, state):
+        super().load_training_state({k: v for k, v in state.items() if k != "path"})
+        self.recall(state["path"])
 
 
 HigherIterativeProblem = IterativeProblem

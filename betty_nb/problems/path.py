@@ -13,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from ..hypergradient.method import RandomState, undisturbed
+from ..hypergradient.method import RandomState, derivative, undisturbed
 from ..optim import Differentiating, discard_closed, state_of, twin
 from .problem import Problem
 
@@ -27,6 +27,7 @@ class Pass:
     counters: tuple  # the level's count and steps
     random: object  # the RandomState before it, None where it drew no random number
     scale: int  # the gradient is divided by this
+    loss_scale: float  # see `derivative`
     given: object  # the gradient used where it is more than that of the loss (a level with a hypergradient of its own), else None
 
 
@@ -83,6 +84,10 @@ class Others:
             self.copies = tuple(c if new == old else t.detach().clone() for t, c, new, old in pairs)
             self.marks = marks
         return self.copies
+
+    def forget(self):
+        "Copy all of them the next time"
+        self.marks = [None] * len(self.tensors)
 
     def kept(self):
         "What `restored` needs, once the tensors themselves are back"
@@ -175,17 +180,18 @@ class Path:
 
     def kept(self):
         "The path as it is now, for `restored`"
-        return Kept(self, [(s, len(s.steps)) for s in self.stretches], self.dropped, self.passes, self.others.kept())
+        return Kept([(s, len(s.steps)) for s in self.stretches], self.dropped, self.passes, self.copied, self.first, self.others.kept())
 
 
 @dataclass(frozen=True)
 class Kept:
-    "A path at a moment"
+    "A path at a moment; it holds no module, so that it can also be written to a file"
 
-    path: Path
     stretches: list  # pairs (Stretch, the number of its steps)
     dropped: int
     passes: tuple
+    copied: dict
+    first: tuple
     others: tuple
 
     @property
@@ -193,12 +199,12 @@ class Kept:
         "The large parts, which snapshots share"
         return [stretch.start for stretch, _ in self.stretches]
 
-    def restored(self):
-        "The path as it was"
-        new = object.__new__(Path)
-        new.__dict__.update(self.path.__dict__)
+    def restored(self, problem):
+        "The path of `problem` as it was"
+        new = Path(problem)
         new.stretches = [Stretch(s.start, s.length, s.steps[:n]) for s, n in self.stretches]
-        new.dropped, new.passes, new.others = self.dropped, self.passes, new.others.restored(self.others)
+        new.dropped, new.passes, new.copied, new.first = self.dropped, self.passes, self.copied, self.first
+        new.others = new.others.restored(self.others)
         return new
 
 # %% ../../nbs/core/31_path.ipynb #df66c807
@@ -299,7 +305,7 @@ class Replay:
             module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
         if one.random is not None:
             one.random.restore()
-        grads = torch.autograd.grad(problem.loss(), parameters, create_graph=graph, allow_unused=True)
+        grads = derivative(problem.loss(), parameters, scale=one.loss_scale, create_graph=graph)
         if one.given is not None:
             grads = [w if g is None else g + (w - g).detach() for g, w in zip(grads, one.given)]
         return grads if one.scale == 1 else [None if g is None else g / one.scale for g in grads]
@@ -319,7 +325,7 @@ class Replay:
             problem.grad_callback()
             problem.clip_grad()
             problem.custom_optimizer_step()
-            problem.param_callback()
+            problem.run_param_callback()
         return moved, mode.state_of(problem.optimizer, moved) if self.optimizer is not None else []
 
     def _options(self, step):
