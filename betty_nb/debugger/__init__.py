@@ -1,5 +1,8 @@
 """The headless debugger: records, timeline, controller."""
+from .breakpoints import BreakpointHit, BreakpointRecord, BreakpointsRecord
 from .check import CheckRecord, check_hypergradient
 from .combinations import combinations
 from .controller import Debugger
-from .records import Comparison, HypergradientRecord, LevelState, Moved, ProgramState, Record, SetsRecord, Swapped, Table
+from .fork import Branch, Curve, ForkRecord
+from .records import Comparison, HypergradientRecord, LevelState, Moved, ProgramState, Record, SetsRecord, Swapped, Table, TimelineRecord
+from .tensorboard import TensorBoardRecord

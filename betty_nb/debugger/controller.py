@@ -5,62 +5,84 @@
 # %% auto #0
 __all__ = ['History', 'Debugger']
 
-# %% ../../nbs/debugger/02_controller.ipynb #23aca5ce
+# %% ../../nbs/debugger/02_controller.ipynb #bbd5c4a1
 import dataclasses
-import statistics
 import threading
 import time
 from array import array
+from bisect import bisect_right
 
 import torch
 
-from betty_nb.debugger.records import (
-    ActionRecord, Comparison, ComparisonRow, HypergradientRecord, LevelState, MethodInfo, MethodOption, Moved, ParameterRow, PathRow,
-    ProgramState, SetRow, SetsRecord, SolveRow, Swapped, verdict,
-)  # fmt: skip
+from .actual import actual_sets
+from .breakpoints import Breakpoints
+from .fork import Fork
+from .probe import compare, look, reference
+from .records import ActionRecord, LevelState, Mark, MethodInfo, MethodOption, Moved, ProgramState, Swapped, TimelineRecord
+from .tensorboard import serve
 from .timeline import Timeline
-from ..hypergradient.exact import Exact
-from ..hypergradient.method import METHODS, Method, flatten, make_method
-from ..hypergradient.sweep import Sweep, path_shares
-from ..hypergradient.unroll import Unroll
+from ..hypergradient.method import METHODS, make_method
+from ..hypergradient.sweep import Sweep
+from ..stopping import InterruptLater
 
 # %% ../../nbs/debugger/02_controller.ipynb #b546340b
 class History:
     "The loss of one level after each of its steps; values stay on the device until they are asked for"
 
+    _block = 1024  # losses that are put together on their device, which needs no waiting
+
     def __init__(self):
-        self._indices, self._values, self._pending, self._lock = array("q"), array("d"), [], threading.Lock()
+        self._indices, self._values, self._lock = array("q"), array("d"), threading.Lock()
+        self._pending, self._blocks = [], []  # pairs (index, loss) and (indices, losses) that nobody has asked for yet
 
     def append(self, index, loss):
         self._pending.append((index, loss))
+        if len(self._pending) >= self._block:
+            with self._lock:
+                self._gather()
+
+    def _gather(self):
+        n = len(self._pending)  # a running program may append more meanwhile
+        if n:
+            indices, losses = zip(*self._pending[:n])
+            self._blocks.append((array("q", indices), torch.stack(losses)))
+            del self._pending[:n]
 
     def _settle(self):
         with self._lock:
-            n = len(self._pending)  # a running program may append more meanwhile
-            if n:
-                indices, losses = zip(*self._pending[:n])
+            self._gather()
+            for indices, losses in self._blocks:
                 self._indices.extend(indices)
-                self._values.extend(torch.stack(losses).double().tolist())
-                del self._pending[:n]
+                self._values.extend(losses.double().tolist())
+            self._blocks.clear()
 
-    def read(self, most):
+    def _known(self, index):
+        self._settle()
+        return len(self._indices) if index is None else bisect_right(self._indices, index)
+
+    def read(
+        self,
+        most,
+        index=None,  # the losses up to this moment only, in actions
+    ):
         "The pair (indices of actions, losses), thinned evenly to at most `most` points, the last one always among them"
-        self._settle()
-        stride = max(1, -(-len(self._indices) // most))
-        first = (len(self._indices) - 1) % stride if self._indices else 0
-        return list(self._indices[first::stride]), list(self._values[first::stride])
+        n = self._known(index)
+        stride = max(1, -(-n // most))
+        return list(self._indices[(n - 1) % stride : n : stride]), list(self._values[(n - 1) % stride : n : stride])
 
-    def last(self):
+    def tail(self, n, index=None):
+        "The last `n` losses"
+        known = self._known(index)
+        return list(self._values[max(0, known - n) : known])
+
+    def last(self, index=None):
         "The last loss, None before the first"
-        self._settle()
-        return self._values[-1] if self._values else None
+        return next(iter(self.tail(1, index)), None)
 
     def cut(self, index):
         "Forget what came after `index` actions"
-        self._settle()
-        while self._indices and self._indices[-1] > index:
-            self._indices.pop()
-            self._values.pop()
+        n = self._known(index)
+        del self._indices[n:], self._values[n:]
 
 # %% ../../nbs/debugger/02_controller.ipynb #8bba1a73
 class Debugger:
@@ -82,7 +104,11 @@ class Debugger:
         self.engine, engine._debugger = engine, self
         self.error = None  # one sentence about what ended the last run or step, None if nothing did
         self.exception = None
+        self.stopped_by = None  # the BreakpointHit that ended the last run or step, None if none did
         self.timeline = Timeline(engine, budget_mb)
+        self.timeline.on_cut.append(self._cut)
+        self._breakpoints, self._fork, self._pauses = Breakpoints(self), None, 0
+        self.touched = {}  # {level: ids of the tensors that its loss was seen to depend on}
         self._histories = {p.name: History() for p in engine.problems}
         self._subscribers, self._notified = [], 0.0
         self._thread = None
@@ -104,16 +130,25 @@ class Debugger:
         pass
 
     def after(self, action):
-        index, level = self.timeline.index, action.level
-        loss = None
+        nested, level, loss = self.engine.nested, action.level, None
+        index = self.timeline.index + bool(nested)  # what is part of an action belongs to the moment after it
         if action.kind == "descend":
             loss = self.engine.level(level).last_loss
-            self._histories[level].append(index, loss)
+            if not self.timeline.following:  # else it is known from the first time
+                self._histories[level].append(index, loss)
         if self._recording:
             self._moved.append((index, action, loss))
+        if self._breakpoints.active:
+            self._breakpoints.check(action, index, whole=not nested)
         now = time.perf_counter()
         if now - self._notified > self.notify_seconds:
             self._notify(now)
+
+    def loaded(self):
+        "A checkpoint was loaded: the past, the losses in it and the last error are those of another run"
+        self.error = self.exception = self.stopped_by = self._fork = None
+        self._histories = {p.name: History() for p in self.engine.problems}
+        self._notify()
 
     def subscribe(self, callback):
         "Call `callback()` when the program has moved, at most ten times a second while it runs; returns the function that ends it"
@@ -140,7 +175,8 @@ class Debugger:
         return ProgramState(
             step=engine.completed, next=self.next, levels=tuple(self._level_state(p) for p in engine.problems), edges=tuple(edges),
             running=self.running, error=self.error, index=self.timeline.index, next_level=action.level or None,
-            can_back=self.timeline.index > self.timeline.oldest,
+            can_back=self.timeline.index > self.timeline.oldest, can_replay=self.timeline.index < self.timeline.end,
+            oldest=self.timeline.oldest, end=self.timeline.end, stopped_by=self.stopped_by,
         )  # fmt: skip
 
     @property
@@ -166,12 +202,34 @@ class Debugger:
             name=p.name, steps=p.steps, unroll_steps=length, unrolled=p.count % length,
             parameters=sum(t.numel() for t in p.trainable_parameters()), optimizer=type(p.optimizer).__name__ if p.optimizer else "own step",
             method=str(p.method), upper=self.engine.graph.upper(p.name), lower=self.engine.graph.lower(p.name),
-            loss=self._histories[p.name].last(), receives=p.name in self.engine.graph.solved,
+            loss=self._histories[p.name].last(self.timeline.index), receives=p.name in self.engine.graph.solved,
         )  # fmt: skip
 
-    def history(self, level, most=400):
+    def history(
+        self,
+        level,
+        most=400,
+        future=False,  # also what came after the present moment, before somebody went back
+    ):
         "The pair (indices of actions, losses) of a level, thinned to `most` points"
-        return self._histories[self.engine.level(level).name].read(most)
+        return self._histories[self.engine.level(level).name].read(most, None if future else self.timeline.index)
+
+    def timeline_record(self, most=400):
+        "The TimelineRecord: how far back and forth, what happened where (at most `most` marks of each kind), and the last and next `most` / 2 actions"
+        timeline = self.timeline
+        with self.engine._lock:
+            marks = [Mark(index, kind, level, words or kind) for index, kind, level, words in timeline.marks]
+            start, end = max(timeline.oldest, timeline.index - most // 2), min(timeline.end, timeline.index + most // 2)
+            actions = [timeline.log[i - timeline.oldest] for i in range(start, end)]
+            snapshots = tuple(s.index for s in timeline.snapshots)
+            oldest, index, end, nbytes = timeline.oldest, timeline.index, timeline.end, timeline.nbytes
+        shown = []
+        for kind in dict.fromkeys(m.kind for m in marks):
+            of_kind = [m for m in marks if m.kind == kind]
+            stride = max(1, -(-len(of_kind) // most))
+            shown += of_kind[(len(of_kind) - 1) % stride :: stride]
+        records = tuple(ActionRecord(start + i + 1, a.kind, a.level or None, str(a), None, a.manual) for i, a in enumerate(actions))
+        return TimelineRecord(oldest, index, end, tuple(sorted(shown, key=lambda m: m.index)), records, snapshots, nbytes / 2**20, timeline.budget_mb)
 
     # Moving
 
@@ -180,7 +238,7 @@ class Debugger:
         _check_count(n)
 
         def one():
-            while self.engine.advance().kind == "draw":
+            while self.engine.advance().kind == "draw" and not self.engine.stop_requested:
                 pass
 
         return self._move(lambda: [one() for _ in self._unless_paused(n)], every_action=n <= 100)
@@ -196,42 +254,127 @@ class Debugger:
         name = self.engine.level(level).name
         kind = "hypergradient" if self.engine.graph.receivers(name) else "descend"
 
-        def go():
-            end = self.engine.completed + self.engine.config.train_iters
-            while not self.engine.stop_requested:
-                self.engine.advance()
-                action = self.engine.next_action
-                if (action.kind, action.level) == (kind, name):
-                    return
-                if self.engine.completed > end:
-                    raise RuntimeError(
-                        f"No update of {name!r} fell due in {self.engine.config.train_iters} iterations: check its lower levels' unroll_steps and warmup_steps."
-                    )
+        def due():
+            action = self.engine.next_action
+            return (action.kind, action.level) == (kind, name)
 
-        return self._move(go, every_action=False)
+        remedy = "check its lower levels' unroll_steps and warmup_steps"
+        return self._move(lambda: self._advance_until(due, f"No update of {name!r} fell due", remedy), every_action=False)
+
+    def unroll(self, level):
+        "Go on until the present unroll of `level` is complete (a whole new one, if none has begun), and stop before the levels above it act"
+        p = self.engine.level(level)
+        steps = p.steps
+
+        def complete():
+            length = p.config.unroll_steps * p.config.gradient_accumulation
+            return p.steps > steps and p.count % length == 0
+
+        remedy = "check that the schedule reaches it (EngineConfig(train_iters=...), warmup_steps of the levels below it)"
+        return self._move(lambda: self._advance_until(complete, f"The unroll of {p.name!r} was not completed", remedy), every_action=False)
+
+    def _advance_until(self, reached, failed, remedy):
+        most = self.engine.config.train_iters
+        end = self.engine.completed + most
+        while not self.engine.stop_requested:
+            self.engine.advance()
+            if reached():
+                return
+            if self.engine.completed > end:
+                raise RuntimeError(f"{failed} in {most} iterations: {remedy}.")
 
     def back(self, n=1):
-        "Undo the last `n` steps, exactly; the options stay as they are now"
+        "Undo the last `n` steps, exactly; what was undone can be replayed. The options stay as they are now"
         _check_count(n)
-
-        def go():
-            self.timeline.goto(self.timeline.steps_back(n))
-            self._cut()
-
-        return self._move(go, every_action=False)
+        return self._move(lambda: self.timeline.goto(self.timeline.steps_back(n)), every_action=False)
 
     def goto(self, index):
-        "Put the program back to the moment after `index` actions"
+        "Put the program to the moment after `index` actions, in the past or in the future that it went back from"
+        return self._move(lambda: self.timeline.goto(index), every_action=False)
+
+    def replay(
+        self,
+        index=None,  # up to the moment after this many actions; all of it when left out
+        n=None,  # or: so many steps
+    ):
+        "Go again, on the same batches and to the same bits, over what was undone by `back` or `goto`, with the options of that time"
+        if n is not None:
+            _check_count(n)
 
         def go():
-            self.timeline.goto(index)
-            self._cut()
+            goal = self.timeline.end if index is None and n is None else self.timeline.steps_ahead(n) if index is None else index
+            if isinstance(goal, int) and goal < self.timeline.index:
+                raise ValueError(f"The program is at action {self.timeline.index}, after {goal}: goto({goal}) goes back.")
+            self.timeline.goto(goal)
 
         return self._move(go, every_action=False)
 
-    def _cut(self):
+    def _cut(self, index):
         for history in self._histories.values():
-            history.cut(self.timeline.index)
+            history.cut(index)
+        if self._fork is not None and index < self._fork.index:
+            self._fork = None
+
+    # Forks
+
+    def fork(
+        self,
+        *branches,  # each {level: method}, such as {"inner": "darts"}; a Method or the name of one
+        steps=50,  # iterations of the program
+        methods=None,  # instead of branches: methods, each of which makes one branch
+        level=None,  # the level that gets them; all levels that hypergradients pass through when left out
+        keep=None,  # label or number of the branch to go on with
+    ):
+        "The ForkRecord of several timelines from the present state, with the same batches and seeds; the program itself stays where it is, or goes on with `keep`"
+        _check_count(steps)
+        made = Fork(self, branches, methods, level)
+        self._move(lambda: made.run(steps), every_action=False)
+        self._fork = made
+        if keep is not None:
+            self.take(keep)
+        return made.record
+
+    def take(
+        self,
+        branch,  # label or number of a branch of the last fork
+    ):
+        "Go on with a branch of the last `fork`: its methods are swapped in, and its steps are made once more, to the same bits"
+        if self._fork is None:
+            raise RuntimeError("There is no fork to take a branch of, or the program has left the past that it forked from: fork() again.")
+        return self._move(lambda: self._fork.take(branch), every_action=False)
+
+    # Breakpoints
+
+    def break_on(
+        self,
+        what,  # "nonfinite", "loss jump", "hypergradient norm", "agreement", or a function of the debugger that returns a bool or a sentence
+        level=None,  # the level that is watched; all of them when left out
+        **options,  # of the kind, see `breakpoint_kinds`
+    ):
+        "Stop a run or a step, at the end of the action where this happens; returns the record of the breakpoint. It reads losses or gradients at each step, so a GPU is waited for"
+        with self.engine._lock:
+            return self._breakpoints.add(what, level, options)
+
+    def breakpoints(self):
+        "The BreakpointsRecord: all of them, how often each was hit, and what it saw last"
+        return self._breakpoints.record()
+
+    def breakpoint_kinds(self):
+        "The kinds of breakpoints with their options, as MethodInfos"
+        return self._breakpoints.kinds()
+
+    def remove_breakpoint(
+        self,
+        number=None,  # all of them when left out
+    ):
+        "Forget a breakpoint; the BreakpointsRecord of what is left"
+        with self.engine._lock:
+            return self._breakpoints.remove(number)
+
+    def enable_breakpoint(self, number, enabled=True):
+        "Switch a breakpoint on or off; the BreakpointsRecord"
+        with self.engine._lock:
+            return self._breakpoints.enable(number, enabled)
 
     def _unless_paused(self, n):
         for _ in range(n):
@@ -240,6 +383,10 @@ class Debugger:
             yield
 
     def _move(self, go, every_action):
+        with InterruptLater(self._ask_to_stop, "the present action"):
+            return self._make_move(go, every_action)
+
+    def _make_move(self, go, every_action):
         self._claim_engine()
         self._moved, self._recording, self.timeline.every_action = [], True, every_action
         try:
@@ -260,8 +407,15 @@ class Debugger:
         try:
             self.engine.claim()
         except RuntimeError:
+            if not self.engine.running:
+                raise
             raise RuntimeError("The program is running: pause() it first.") from None
-        self.error = self.exception = None
+        self.error = self.exception = self.stopped_by = None
+        self.timeline.stop = False
+
+    def _ask_to_stop(self):
+        self.timeline.stop = True
+        self.engine.stop()
 
     def _action_record(self, index, action, loss):
         return ActionRecord(index, action.kind, action.level or None, str(action), None if loss is None else loss.item(), action.manual)
@@ -295,8 +449,9 @@ class Debugger:
         self._notify()
 
     def pause(self, wait=True):
-        "End the run, or the step in progress, after the present action, and wait for that"
-        self.engine.stop()
+        "End the run, the step or the comparison in progress after the present action or method, and wait for the run"
+        self._pauses += 1
+        self._ask_to_stop()
         thread = self._thread
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -317,30 +472,14 @@ class Debugger:
 
     # Looking
 
-    def hypergradient(self, level, reference=True):
-        "The HypergradientRecord of `level` now; with `reference`, compared with the exact one where the lower levels are small enough"
-        name = self._upper(level)
-        graph, start = self.engine.graph, time.perf_counter()
+    def hypergradient(
+        self,
+        level,
+        reference=True,  # compare it with the exact one where the lower levels are small enough
+    ):
+        "The HypergradientRecord of `level` now: its parts, paths, parameters, solves and cost"
         with self.engine._lock:
-            result = self.engine.probe(name)
-            ms = 1e3 * (time.perf_counter() - start)
-            exact = self._reference(name) if reference else None
-            shares = self._shares(name, result)
-            step = self.engine.completed
-        indirect = flatten(result.indirect)
-        error, cosine = _compare(indirect, exact)
-        return HypergradientRecord(
-            level=name, step=step, direct=_norm(result.direct), indirect=_norm(result.indirect), total=_norm(result.total),
-            parameters=tuple(
-                ParameterRow(n, tuple(p.shape), _norm([d]), _norm([i]), _norm([d + i]), _cosine(d + i, d), _sample(d + i))
-                for (n, p), d, i in zip(self.engine.level(name).named_trainable_parameters(), result.direct, result.indirect)
-            ),
-            solves=tuple(_solve_row(j, passage) for j, passage in result.passages.items()),
-            paths=tuple(PathRow(path, _norm(s), _share(flatten(s), indirect)) for path, s in shares.items()),
-            reference="exact" if exact is not None else None, error=error, cosine=cosine,
-            verdict=verdict(error, cosine) if graph.receivers(name) else "no lower level", ms=ms,
-            apart=_apart(shares, indirect),
-        )  # fmt: skip
+            return look(self, self._upper(level), reference)
 
     def _upper(self, level):
         name = self.engine.level(level).name
@@ -351,38 +490,18 @@ class Debugger:
             )
         return name
 
-    def _shares(self, name, result):
-        paths = self.engine.graph.paths(name)
-        if len(paths) == 1:
-            return {paths[0]: result.indirect}
-        try:
-            return self.engine.probe(name, take=path_shares)
-        except ValueError:  # more paths than can be shown
-            return {}
-
     def _reference(self, name):
         "The exact indirect hypergradient (n,), total Hessians included; None where a lower level is too large for it"
-        exact = {"implicit": Exact(limit=self.reference_limit), "iterative": Unroll()}
-        chosen = {j: exact[self.engine.level(j).kind] for j in self.engine.graph.below(name)}
-        if any(method.refusal(self.engine.level(j)) for j, method in chosen.items()):
-            return None
-        return flatten(self.engine.probe(name, methods=chosen, hessian="total").indirect)
+        return reference(self, name)
 
     def _through(self, name):
         "The levels that the hypergradient of `name` passes through"
         return tuple(Sweep(self.engine.graph, self.engine._levels, name, (name,)).flow)
 
     def constraining_sets(self, level):
-        "The SetsRecord of `level`: which parameters it takes as given, which optima it depends on"
-        name = self.engine.level(level).name
-        upper, lower = self.engine.graph.upper(name), self.engine.graph.lower(name)
-        rows = [
-            SetRow(kind, k, n, tuple(p.shape))
-            for kind, names in (("U", upper), ("L", lower))
-            for k in names
-            for n, p in self.engine.level(k).named_trainable_parameters()
-        ]
-        return SetsRecord(name, upper, lower, tuple(rows))
+        "The SetsRecord of `level`: which parameters it takes as given, which optima it depends on, as declared and as its loss really does"
+        with self.engine._lock:
+            return actual_sets(self, self.engine.level(level).name)
 
     # Methods
 
@@ -407,13 +526,18 @@ class Debugger:
             return f"No hypergradient passes through {p.name!r}."
         return method.refusal(p)
 
+    def _check_method(self, p, new):
+        if reason := self._refusal(p, new):
+            raise ValueError(f"{new} can't be used on level {p.name!r}: {reason}")
+
     def swap(self, level, method, **options):
         'From the next action on, pull hypergradients back through `level` with another method: swap("inner", "cg", iterations=10)'
         p = self.engine.level(level)
         new = make_method(method, **options)
-        if reason := self._refusal(p, new):
-            raise ValueError(f"{new} can't be used on level {p.name!r}: {reason}")
+        self._check_method(p, new)
         before, p.config.type = str(p.method), new
+        if str(new) != before:
+            self.timeline.mark("swap", p.name, f"{before} -> {new}")
         self._notify()
         return Swapped(p.name, before, str(new))
 
@@ -422,54 +546,45 @@ class Debugger:
         level,
         methods=None,  # names or Methods; all registered ones when left out
         seconds=0.3,  # time spent on timing each method, at most
+        budget=30.0,  # seconds for all of them; when they are used up, the methods that are left are left out, the random ones first
     ):
-        "The Comparison of methods on the present state and batches: those in use, then the others, the most accurate first"
-        name = self._upper(level)
-        through = self._through(name)
-        present = {j: self.engine.level(j).method for j in through}
-        kinds = {self.engine.level(j).kind for j in through}
-        chosen = [k for k, m in METHODS.items() if m.serves in kinds] if methods is None else [methods] if isinstance(methods, (str, Method)) else list(methods)
+        "The Comparison of methods on the present state and batches: those in use, then the others, the most accurate first. `pause()` ends it after the method in progress"
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+            raise ValueError(f"compare(budget=...) must be a number of seconds greater than 0, got {budget!r}.")
+        pauses = self._pauses
         with self.engine._lock:
-            exact = self._reference(name)
-            rows = [self._comparison_row(name, present, ", ".join(dict.fromkeys(map(str, present.values()))), exact, seconds, True)]
-            for method in map(make_method, chosen):
-                if any(m != method for m in present.values()):
-                    rows.append(self._comparison_row(name, dict.fromkeys(through, method), str(method), exact, seconds, False))
-            step = self.engine.completed
-        rows[1:] = sorted(rows[1:], key=lambda row: float("inf") if row.error is None else row.error)
-        return Comparison(name, through, None if exact is None else "exact", tuple(rows), step)
+            return compare(self, self._upper(level), methods, seconds, budget, lambda: self._pauses != pauses)
 
-    def _comparison_row(self, name, methods, label, exact, seconds, current):
-        method = next(iter(methods.values()))
-        options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-        reason = next(filter(None, (m.refusal(self.engine.level(j)) for j, m in methods.items())), "")
-        try:
-            if not reason:
-                result, first = self._timed(name, methods)  # pays for loading kernels, so it counts only if it is the only one
-        except (ValueError, NotImplementedError) as error:
-            reason = str(error)
-        if reason:
-            return ComparisonRow(method.name, options, label, None, None, None, None, reason, current)
-        times, end = [], time.perf_counter() + seconds - first / 1e3
-        while len(times) < 15 and time.perf_counter() < end:
-            result, ms = self._timed(name, methods)
-            times.append(ms)
-        error, cosine = _compare(flatten(result.indirect), exact)
-        passages = result.passages.values()
-        status = ", ".join(dict.fromkeys(p.solve.status for p in passages))
-        return ComparisonRow(
-            method.name, options, label, error, cosine, statistics.median(times or [first]), sum(p.hvps for p in passages), status, current
-        )
+    def use(
+        self,
+        row,  # a row of a Comparison
+    ):
+        "From the next action on, use the methods of this row of a comparison"
+        if not getattr(row, "chosen", ()):
+            raise TypeError(f"use(row) takes a row of what compare() returned, such as compare('outer').rows[1], got {row!r}.")
+        before = [str(self.engine.level(level).method) for level, _, _ in row.chosen]
+        new = [(level, make_method(name, **options)) for level, name, options in row.chosen]
+        for level, method in new:
+            self._check_method(self.engine.level(level), method)
+        for level, method in new:
+            self.swap(level, method)
+        return Swapped(", ".join(level for level, _ in new), ", ".join(dict.fromkeys(before)), ", ".join(dict.fromkeys(str(m) for _, m in new)))
 
-    def _timed(self, name, methods):
-        gpu = self.engine.device.type == "cuda"
-        if gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = self.engine.probe(name, methods=methods)
-        if gpu:
-            torch.cuda.synchronize()
-        return result, 1e3 * (time.perf_counter() - start)
+    def tensorboard(self):
+        "A TensorBoard on what this program logs, in a process of its own that listens on this machine only; the TensorBoardRecord says where"
+        return serve(self.engine)
+
+    def diagnose(self, level=None, seconds=5.0, only=None):
+        "The Diagnosis of the program now: what is wrong with the hypergradient of `level` (of all levels), why, and what to do; `seconds` at most"
+        from betty_nb.debugger.doctor import diagnose
+
+        return diagnose(self.engine, level, seconds, only)
+
+    def apply(self, finding):
+        "Do what a Finding of `diagnose` proposes, where that is a method or an option; takes effect at the next action"
+        from betty_nb.debugger.doctor import apply
+
+        return apply(self, finding)
 
     def __repr__(self):
         return repr(self.state)
@@ -481,43 +596,3 @@ class Debugger:
 def _check_count(n):
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"The number of steps must be a whole number of at least 1, got {n!r}.")
-
-
-def _norm(tensors):
-    return torch.linalg.vector_norm(flatten(tensors)).item()
-
-
-def _cosine(a, b):
-    product = a.norm().item() * b.norm().item()
-    return (a * b).sum().item() / product if product else None
-
-
-def _compare(vector, exact):
-    "The pair (relative error, cosine) of a hypergradient to the exact one"
-    if exact is None or not exact.norm():
-        return None, None
-    return ((vector - exact).norm() / exact.norm()).item(), _cosine(vector, exact)
-
-
-def _apart(shares, indirect):
-    norm = indirect.norm().item()
-    return (sum(flatten(s) for s in shares.values()) - indirect).norm().item() / norm if shares and norm else 0.0
-
-
-def _share(part, whole):
-    square = (whole @ whole).item()
-    return (part @ whole).item() / square if square else 0.0
-
-
-def _sample(tensor, most=400):
-    flat = tensor.detach().reshape(-1)
-    stride = max(1, -(-flat.numel() // most))
-    return tuple(flat[::stride].tolist())
-
-
-def _solve_row(level, passage):
-    solve = passage.solve
-    return SolveRow(
-        level, str(passage.method), solve.status, solve.iterations, passage.hvps, 1e3 * passage.seconds,
-        torch.linalg.vector_norm(passage.vector).item(), tuple(float(r) for r in solve.residuals), solve.advice, passage.hessian,
-    )  # fmt: skip
