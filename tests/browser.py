@@ -132,8 +132,8 @@ class Lab:
 class Tab:
     "A notebook open in JupyterLab; `page` is playwright's page for what is not here."
 
-    def __init__(self, page, shots):
-        self.page, self.shots = page, shots
+    def __init__(self, page, shots, root=None):
+        self.page, self.shots, self.root = page, shots, root  # root: the folder in which the kernel runs
 
     def command(self, name, **args):
         "Run one of JupyterLab's commands and wait until it is done."
@@ -145,6 +145,12 @@ class Tab:
             self.command("notebook:run-all-cells")
         else:
             self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        return self
+
+    def run_cell(self, number):
+        "Run one cell and wait until it is done."
+        self.page.evaluate("i => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = i }", number)
+        self.command("notebook:run-cell")
         return self
 
     def errors(self):
@@ -229,7 +235,7 @@ def open_notebook(lab, chrome, tmp_path):
         page = chrome.new_page()
         page.goto(lab.url(Path(notebook).with_suffix(".ipynb").as_posix()))
         page.wait_for_function(IDLE, timeout=1000 * START)
-        tabs.append(Tab(page, shots))
+        tabs.append(Tab(page, shots, lab.root))
         return tabs[-1]
 
     yield open_

@@ -276,12 +276,6 @@ def test_a_loss_that_is_not_finite_is_warned_about_or_raised():
         Engine([level("outer", cls=Exploding)], EngineConfig(train_iters=10, nonfinite="raise")).run()
 
 
-def test_an_option_that_is_not_there_yet_is_refused_not_ignored():
-    for config, option in ((Config, {"precision": "fp16"}), (EngineConfig, {"roll_back": True})):
-        with pytest.raises(ValueError, match="does not have it yet"):
-            config(**option)
-
-
 def test_names_that_would_hide_something():
     for name in ("module", "step", "run"):
         with pytest.raises(GraphError, match=f"can't be called '{name}'"):

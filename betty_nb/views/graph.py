@@ -276,7 +276,7 @@ def graph_svg(
             else ""
         )
         out.append(
-            f'<g class="bn-edge bn-{e.kind}{on}" data-source="{escape(e.source)}" data-target="{escape(e.target)}" data-kind="{e.kind}">'
+            f'<g class="bn-edge bn-{e.kind}{on}" data-source="{escape(e.source)}" data-target="{escape(e.target)}" data-kind="{e.kind}" data-x="{e.label[0]}" data-y="{e.label[1]}" data-anchor="{"end" if e.kind == "l2u" else "start"}">'
             f'<title>{e.kind}: {escape(e.target)} {MEANING[e.kind]} ({escape(e.source)})</title><path class="bn-line" d="{e.path}"/><path class="bn-tip" d="{e.tip}"/>{word}</g>'
         )
     for box, level in zip(lay.boxes, state.levels):

@@ -117,6 +117,9 @@ body[data-jp-theme-light="false"] .bn,body.vscode-dark .bn,html[theme=dark] .bn,
 .bn .bn-edge path.bn-line{fill:none;stroke:var(--bn-fg);stroke-opacity:.62;stroke-width:1.6}.bn .bn-edge path.bn-tip{fill:var(--bn-fg);fill-opacity:.75}
 .bn .bn-edge.bn-on path.bn-line{stroke-opacity:1;stroke-width:2.6}.bn .bn-edge.bn-on path.bn-tip{fill-opacity:1}.bn .bn-u2l path.bn-line{stroke-dasharray:5 3}
 .bn svg .bn-small{font-size:11.5px}
+.bn .bn-row{display:flex;gap:10px;align-items:flex-start;flex-wrap:wrap}.bn .bn-bar1{display:inline-block;height:12px;background:var(--bn-c0);border:.7px solid var(--bn-fg);vertical-align:-1px;margin-right:4px}
+.bn table.bn-parameters{width:100%}.bn table.bn-table.bn-parameters td,.bn table.bn-table.bn-parameters th{padding:1px 8px 1px 0;font-size:12.5px;height:23px}.bn .bn-parameters td:first-child{max-width:150px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.bn .bn-along{margin:0 0 0 2px;padding:0;list-style:none;font-size:12px}.bn img.bn-heat{border:1px solid var(--bn-line);vertical-align:middle;max-width:none}
 """
 
 _variables = lambda colours: "".join(f"--bn-c{i}:{c};" for i, c in enumerate(colours))

@@ -47,7 +47,7 @@ function render({ model, el }) {
   el.classList.add('bn', 'bn-choose')
   const make = (tag, cls, text) => { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e }
   function draw() {
-    const columns = model.get('columns'), rows = model.get('rows'); if (!rows.length) { el.replaceChildren(); return }
+    const columns = model.get('columns'), rows = model.get('rows'), had = [...el.querySelectorAll('tbody tr')].findIndex(r => r.contains(document.activeElement)); if (!rows.length) { el.replaceChildren(); return }
     const table = make('table', 'bn-table'), head = make('tr'), body = make('tbody')
     columns.forEach(([name, tip, right]) => { const th = make('th', right ? 'bn-num' : '', name); th.scope = 'col'; if (tip) th.title = tip; head.append(th) })
     if (model.get('action')) head.append(make('th', '', ''))
@@ -63,8 +63,9 @@ function render({ model, el }) {
       body.append(tr)
     })
     const thead = make('thead'); thead.append(head); if (model.get('caption')) table.append(make('caption', '', model.get('caption'))); table.append(thead, body); el.replaceChildren(table)
+    if (had >= 0) (body.children[had]?.querySelector('button') || body.querySelector('button'))?.focus({ preventScroll: true })
   }
-  const lock = () => el.querySelectorAll('button').forEach(b => { b.disabled = model.get('locked') })
+  const lock = () => el.querySelectorAll('button').forEach(b => { const here = b === document.activeElement; b.disabled = model.get('locked') && !here; b.classList.toggle('bn-locked', model.get('locked') && here) })
   const names = ['columns', 'rows', 'action', 'caption']; names.forEach(n => model.on('change:' + n, draw)); model.on('change:locked', lock); draw()
   return () => { names.forEach(n => model.off('change:' + n, draw)); model.off('change:locked', lock) }
 }
@@ -81,7 +82,7 @@ class RowTable(anywidget.AnyWidget):
     action = T.Unicode("").tag(sync=True)  # what the button says; '' for none
     locked = T.Bool(False).tag(sync=True)
     _esm = _TABLE_JS
-    _css = ".bn-choose .bn-table.bn-table td,.bn-choose .bn-table.bn-table th{padding:1px 9px 1px 0;font-size:12.5px}.bn-choose tr.bn-current td{font-weight:600}.bn-choose td .bn-button{padding:0 6px;font-size:12px;line-height:17px;white-space:nowrap}.bn-choose .bn-table td{white-space:nowrap}"
+    _css = ".bn-choose .bn-table.bn-table td,.bn-choose .bn-table.bn-table th{padding:0 8px 0 0;font-size:12.5px;line-height:18px}.bn-choose tr.bn-current td{font-weight:600}.bn-choose td .bn-button{padding:0 6px;font-size:12px;line-height:16px;white-space:nowrap}.bn-choose .bn-table td{white-space:nowrap}"
 
     def on_choose(self, callback):
         self.on_msg(lambda _, message, __: callback(int(message["chosen"])))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Dashboard', 'sentence']
 
-# %% ../../nbs/widgets/04_dashboard.ipynb #9d45c61f
+# %% ../../nbs/widgets/04_dashboard.ipynb #a15c08e9
+import math
 import threading
 import time
 from html import escape
@@ -13,24 +14,31 @@ from html import escape
 import ipywidgets as W
 import torch
 
+from ..views.palette import level_styles
 from ..views.report import dashboard_html, default_level, status_text
 from ..views.tables import facts_html
+from .controls import Controls
+from .doctor import DoctorPanel
+from .inspector import HypergradientPanel
 from .live import LevelGraph
-from .panels import CurvesPanel, HypergradientPanel, MethodsPanel, SetsPanel, button, page, put
+from .methods import MethodsPanel, read
+from .panels import CurvesPanel, SetsPanel, close_all, lock, page, put
+from .strip import BreakpointList, TimelineStrip
 from .work import Painter, Worker
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #4880c3b3
 _CSS = """<style>
-.bn-dashboard{border:1px solid var(--jp-border-color1,#ccc);padding:4px 8px 6px;box-sizing:border-box;overflow:hidden}
-.bn-dashboard .jupyter-button{height:28px;line-height:26px;padding:0 9px;font-size:13px;color:var(--bn-fg);background:var(--bn-soft);border:1px solid var(--bn-line)}
+.bn-dashboard{border:1px solid var(--jp-border-color1,#ccc);padding:3px 8px 2px;box-sizing:border-box;overflow:hidden}
+.bn-dashboard .jupyter-button{height:28px;line-height:26px;padding:0 8px;font-size:13px;color:var(--bn-fg);background:var(--bn-soft);border:1px solid var(--bn-line)}
 .bn-dashboard .jupyter-button:hover:enabled{border-color:var(--bn-fg);box-shadow:none}
-.bn-dashboard .jupyter-button:focus-visible,.bn-dashboard select:focus-visible,.bn-dashboard input:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}
-.bn-dashboard .jupyter-button:disabled{opacity:.45}.bn-dashboard .bn-status .widget-html-content,.bn-dashboard .widget-html-content{line-height:1.4;font-size:13px;color:var(--bn-fg);overflow-wrap:anywhere}
+.bn-dashboard .jupyter-button:focus-visible,.bn-dashboard select:focus-visible,.bn-dashboard input:focus-visible,.bn-dashboard .lm-TabBar-tab:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}
+.bn-dashboard .jupyter-button:disabled,.bn-dashboard .bn-locked{opacity:.45}.bn-dashboard .bn-status .widget-html-content,.bn-dashboard .widget-html-content{line-height:1.4;font-size:13px;color:var(--bn-fg);overflow-wrap:anywhere}
 .bn-dashboard .widget-label,.bn-dashboard .widget-label-basic,.bn-dashboard input,.bn-dashboard select{color:var(--bn-fg)}
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-TabBar-tab,.bn-dashboard .jupyter-widget-tab>.p-TabBar .p-TabBar-tab{color:var(--bn-fg);flex:0 1 130px;min-width:60px;font-size:13px}
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-mod-current{font-weight:700}
-.bn-dashboard .jupyter-widget-tab>.widget-tab-contents{padding:6px 8px;border-color:var(--bn-line)}
-.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-figure{width:100%;height:auto;max-height:400px}.bn-dashboard .bn-results>.bn-plot{flex:1 1 310px;width:auto;max-width:480px}.bn-dashboard .bn-results>.bn-comparison{max-height:300px;overflow-y:auto;padding-right:6px}
+.bn-dashboard .jupyter-widget-tab>.widget-tab-contents{padding:4px 8px;border-color:var(--bn-line)}
+.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-plot .bn-figure{width:100%;height:auto;max-height:330px}.bn-dashboard .bn-results>.bn-plot{flex:1 1 290px;width:auto;max-width:460px}.bn-dashboard .bn-results>.bn-comparison{padding-right:6px;max-height:334px;overflow-y:auto}
+.bn-dashboard .bn-status-row{min-height:22px}.bn-dashboard .bn-strip{border-top:1px solid var(--bn-line);padding-top:2px}
 </style>"""
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #26fdfb21
@@ -39,101 +47,117 @@ class Dashboard(W.VBox):
 
     def __init__(self, debugger, selected=None):
         self.debugger, self.error, self.busy, self._closed = debugger, None, "", False
-        self._unasked, self._waiting, self._viewed, self._facts_of = False, None, False, None
+        self._unasked, self._waiting, self._viewed, self._slow_of = False, None, False, None
         state = debugger.state
         names = [l.name for l in state.levels]
+        self._styles = level_styles(names)
         self._gate, self._paint_lock = threading.Lock(), threading.Lock()
         self._worker = Worker(prepare=torch.get_num_threads)  # reading it on a new thread lets torch use the same count there
         self._painter = Painter(self.refresh, lambda: debugger.running)
-        self.graph = LevelGraph(state, selected or default_level(state), height=340)
+        self.ask = self._painter.ask
+        self.graph = LevelGraph(state, selected or default_level(state), height=290)
         self.graph.add_class("bn-levels")
-        self.graph.observe(lambda _: self._painter.ask(), "selected")
-        self._controls(names, state)
-        self.curves, self.hypergradient, self.sets, self.methods = (
+        self.graph.observe(lambda _: self.ask(), "selected")
+        self.controls = Controls(self, state)
+        self.line, self.trouble, self.facts = page(mark="bn-status"), page(mark="bn-error"), page(mark="bn-level-facts")
+        self.curves, self.hypergradient, self.sets, self.methods, self.doctor = (
             CurvesPanel(self),
             HypergradientPanel(self),
             SetsPanel(self),
             MethodsPanel(self),
+            DoctorPanel(self),
         )
-        self.panels = (self.curves, self.hypergradient, self.sets, self.methods)
-        self.tabs = W.Tab(self.panels, titles=[p.title for p in self.panels], layout=W.Layout(flex="1 1 0", min_width="0", height="508px"))
-        self.tabs.observe(lambda _: self._painter.ask(), "selected_index")
+        self.panels = (self.curves, self.hypergradient, self.sets, self.methods, self.doctor)
+        self.tabs = W.Tab(self.panels, titles=[p.title for p in self.panels], layout=W.Layout(flex="1 1 0", min_width="0", height="456px"))
+        self.tabs.observe(lambda _: self.ask(), "selected_index")
+        self._below(names)
         left = W.VBox([self.graph, self.facts], layout=W.Layout(flex="0 0 306px", width="306px"))
-        super().__init__([self.top, self.line, self.trouble, W.HBox([left, self.tabs], layout=W.Layout(align_items="stretch"))])
+        status = W.HBox([W.HTML(_CSS, layout=W.Layout(display="none")), self.line, self.trouble], layout=W.Layout(flex_flow="row wrap"))
+        status.add_class("bn-status-row")
+        super().__init__([self.controls, status, W.HBox([left, self.tabs], layout=W.Layout(align_items="stretch")), self.strip])
         for name in ("bn", "bn-dashboard"):
             self.add_class(name)
-        self._unsubscribe = debugger.subscribe(self._painter.ask)
+        self._unsubscribe = debugger.subscribe(self.ask)
         self.refresh()
+
+    def _below(self, names):
+        d = self.debugger
+        self.timeline = TimelineStrip(layout=W.Layout(flex="1 1 0", min_width="0"))
+        self.timeline.on_goto(lambda index: self.do(f"going to action {index:,}", d.goto, index))
+        self.breakpoints = BreakpointList(kinds=[_kind(k) for k in d.breakpoint_kinds()], levels=names, layout=W.Layout(flex="0 0 400px", width="400px"))
+        self.breakpoints.on_change(self._change_breakpoints)
+        self.strip = W.HBox([self.timeline, self.breakpoints], layout=W.Layout(align_items="flex-start"))
+        self.strip.add_class("bn-strip")
 
     @property
     def selected(self):
         "The level that is selected everywhere."
         return self.graph.selected
 
-    def _controls(self, names, state):
-        d = self.debugger
-        self.run = button("run", "play", "Run until paused, or until the last iteration", lambda: self.do("starting", d.run), "bn-run")
-        self.pause = button("pause", "pause", "Stop after the present action (a run, or going on until a level)", self._pause, "bn-pause")
-        self.step = button("step", "step-forward", "Do the next action", lambda: self.do("stepping", d.step), "bn-step")
-        self.step_level = button(
-            "step level",
-            "level-down",
-            "One step of the selected level only, outside the schedule",
-            lambda: self.do(f"stepping {self.selected}", d.step_level, self.selected),
-            "bn-step-level",
-        )
-        self.until = button(
-            "until",
-            "fast-forward",
-            "Go on until the next update of this level is due, and stop just before it",
-            lambda: self.do(f"going on until {self.target.value}", d.until, self.target.value),
-            "bn-until",
-        )
-        self.target = W.Dropdown(
-            options=names, value=default_level(state), tooltip="The level whose next update to go on to", layout=W.Layout(width="120px")
-        )
-        self.back = button("back", "undo", "Take back the last step, exactly", lambda: self.do("going back", d.back), "bn-back")
-        self.actions = (self.run, self.step, self.step_level, self.until, self.target, self.back)
-        self.top = W.HBox(
-            [self.run, self.pause, self.step, self.step_level, self.until, self.target, self.back],
-            layout=W.Layout(flex_flow="row wrap", align_items="center"),
-        )
-        self.line, self.trouble, self.facts = page(mark="bn-status"), page(mark="bn-error"), page(mark="bn-level-facts")
-        self.top.children = (W.HTML(_CSS, layout=W.Layout(display="none")), *self.top.children)
+    def badge(self, panel, title):
+        "Another title on the tab of a panel."
+        self.tabs.set_title(self.panels.index(panel), title)
 
     # --- acting: handlers end here
 
     def do(self, doing, call, *args, unasked=False):
         "Call the debugger on the worker's thread unless something is being done; what goes wrong becomes one red sentence."
         with self._gate:
+            if self.busy and self._worker.idle:
+                self.busy, self._waiting = "", None  # a kernel interrupt hit a click half-way
             if self._closed or self._waiting or (self.busy and (unasked or not self._unasked)):
                 return False
             if self.busy:
                 self._waiting = (doing, call, args)
                 return True  # a click does not get lost behind a look that nobody asked for
+            self._worker.submit(lambda: self._work(call, args))
             self.busy, self._unasked = doing, unasked
-        self._painter.ask(after=0.15)  # short work must not make the controls blink, nor take the keyboard focus from them
-        self._worker.submit(lambda: self._work(call, args))
+        self.ask(after=0.15)  # short work must not make the controls blink, nor take the keyboard focus from them
         return True
 
     def _work(self, call, args):
+        with self._gate:  # the click that ordered this has said so by now
+            pass
         try:
             call(*args)
             self.error = None
-        except Exception as e:
+        except BaseException as e:
             self.error = sentence(e)
         with self._gate:
             self.busy, then, self._waiting = "", self._waiting, None
+        self.ask()
         if then:
-            self.do(then[0], then[1], *then[2])
-        self._painter.ask()
+            self._follow(*then)
 
-    def _pause(self):
+    def _follow(self, doing, call, args):
+        with self._gate:
+            self.busy, self._unasked = doing, False
+        self._work(call, args)
+
+    def pause(self):
+        "Stop after the present action; nothing waits for that."
         try:
             self.debugger.pause(wait=False)
         except Exception as e:
             self.error = sentence(e)
-        self._painter.ask()
+        self.ask()
+
+    def _change_breakpoints(self, message):
+        d = self.debugger
+        if "add" in message:
+            self.do("adding a breakpoint", self._add_breakpoint, message)
+        elif "remove" in message:
+            self.do("removing a breakpoint", d.remove_breakpoint, message["remove"])
+        else:
+            self.do("switching a breakpoint", d.enable_breakpoint, message["toggle"], bool(message["on"]))
+
+    def _add_breakpoint(self, message):
+        kind = next(k for k in self.debugger.breakpoint_kinds() if k.name == message["add"])
+        options = {}
+        if kind.options:
+            first = kind.options[0]
+            options[first.name] = read(first, str(message["value"]))
+        self.debugger.break_on(kind.name, message["level"] or None, **options)
 
     def idle(self, timeout=10.0):
         "Wait until nothing is being done; true if that was within the time."
@@ -157,25 +181,35 @@ class Dashboard(W.VBox):
         self._viewed = self._viewed or (self._view_count or 0) > 1
         if state.running and self._viewed and self._view_count == 1:
             return  # its views were removed: nobody is looking
-        self.graph.update(state)
         busy, busy_by_click = f" · {self.busy} …" if self.busy else "", bool(self.busy) and not self._unasked
-        put(self.line, value=f'<p role="status"><b>{escape(status_text(state))}</b>{escape(busy)}</p>')
+        put(self.line, value=f'<p role="status"><b>{escape(status_text(state))}</b>{escape(busy)}{_stopped(state)}</p>')  # first: it says "paused"
         trouble = self.error or state.error
-        put(self.trouble, value=f'<p class="bn-bad" role="alert">{escape(trouble)}</p>' if trouble else "")
-        for w in self.actions:
-            put(w, disabled=state.running or busy_by_click)
-        put(self.pause, disabled=not (state.running or busy_by_click))
-        put(self.back, disabled=state.running or busy_by_click or not state.can_back)
-        if not state.running:
-            put(self.step, tooltip=f"Do the next action: {state.next}")
-        put(self.step_level, description=f"step {self.selected}", tooltip=f"One step of {self.selected} only, outside the schedule")
-        if not state.running or self._facts_of != (self.selected, int(time.monotonic())):  # once a second is enough while running
-            self._facts_of = self.selected, int(time.monotonic())
-            put(self.facts, value=facts_html(next(l for l in state.levels if l.name == self.selected)))
-        self.methods.lock(busy_by_click)
-        put(self.hypergradient.look, disabled=bool(self.busy))
-        panel = self.panels[self.tabs.selected_index or 0]
-        panel.paint(state)
+        put(self.trouble, value=f'<p class="bn-bad" role="alert">&nbsp;· {escape(trouble)}</p>' if trouble else "")
+        self.controls.paint(state, busy_by_click)
+        self.graph.update(state)
+        lock(self.hypergradient.look, bool(self.busy))
+        for part in (self.methods, self.doctor):
+            part.lock(busy_by_click)
+        put(self.timeline, locked=state.running or busy_by_click)
+        put(self.breakpoints, locked=busy_by_click)
+        self.panels[self.tabs.selected_index or 0].paint(state)
+        slow = state.running, self.selected, int(time.monotonic())
+        if not state.running or self._slow_of != slow:  # once a second is enough while running
+            self._slow_of = slow
+            self._show_slow(state)
+
+    def _show_slow(self, state):
+        put(self.facts, value=str(facts_html(next(l for l in state.levels if l.name == self.selected))))
+        if self.busy:
+            return  # whoever is busy may hold the engine for seconds
+        self.timeline.update(self.debugger.timeline_record(), self._styles)
+        fork = self.curves.fork
+        put(self.timeline, branches=[] if fork is None else [_branches(fork)])
+        hit = state.stopped_by
+        put(
+            self.breakpoints,
+            items=[_breakpoint(b, hit) for b in self.debugger.breakpoints().rows],
+        )
 
     def __repr__(self):
         return f"Dashboard: {self.debugger.state.summary()}" if not self._closed else "Dashboard (closed)"
@@ -189,7 +223,9 @@ class Dashboard(W.VBox):
         bundle = super()._repr_mimebundle_(**kwargs) or {}
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         data["text/plain"] = repr(self)
-        data["text/html"] = str(dashboard_html(self.debugger, self.selected, self.hypergradient.record, self.methods.comparison))
+        data["text/html"] = str(dashboard_html(
+            self.debugger, self.selected, self.hypergradient.record, self.methods.comparison, self.doctor.diagnosis, self.curves.fork
+        ))
         return bundle
 
     def close(self):
@@ -201,10 +237,33 @@ class Dashboard(W.VBox):
         self._worker.close()
         with self._paint_lock:
             self._closed = True
-        for widget in (*_inside(self), self):
-            widget.layout.close()
-            getattr(widget, "style", widget.layout).close()
-            W.VBox.close(widget) if widget is self else widget.close()
+        close_all(list(_inside(self)))
+        self.layout.close()
+        super().close()
+
+
+def _stopped(state):
+    "What stopped the last run, if a breakpoint did."
+    return "" if state.stopped_by is None else f' · <span class="bn-bad">{escape(state.stopped_by.summary())}</span>'
+
+
+def _kind(kind):
+    "A kind of breakpoint for the form: its first option is the threshold."
+    first = next(iter(kind.options), None)
+    value = None if first is None else 100 if first.value == math.inf else first.value
+    hint = kind.doc + ("" if first is None else f" ({first.name}: {first.doc})")
+    return dict(name=kind.name, label=kind.name, value=value, hint=hint, reason=kind.reason)
+
+
+def _branches(fork):
+    "The second line of the timeline: where a fork began, how far it went, its branches."
+    last = max((c.indices[-1] for b in fork.branches for c in b.curves if c.indices), default=fork.index)
+    return dict(at=fork.index, n=last - fork.index, text=" | ".join(b.label for b in fork.branches))
+
+
+def _breakpoint(b, hit):
+    words = b.words + (f" on {b.level}" if b.level else "")
+    return dict(id=b.number, text=words, tip=b.summary(), on=b.enabled, hit=hit is not None and hit.number == b.number)
 
 
 def sentence(error):

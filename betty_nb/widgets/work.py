@@ -16,10 +16,17 @@ class Worker:
 
     def __init__(self, name="betty_nb worker", prepare=None):
         self._tasks, self._name, self._prepare, self._thread, self._lock = queue.SimpleQueue(), name, prepare, None, threading.Lock()
+        self._left = 0  # tasks not done yet
+
+    @property
+    def idle(self):
+        "Whether nothing is left to do."
+        return self._left == 0
 
     def submit(self, task):
         "Do this when all earlier tasks are done; the thread starts with the first task."
         with self._lock:
+            self._left += 1
             self._tasks.put(task)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
@@ -37,6 +44,7 @@ class Worker:
             self._prepare()
         while (task := self._tasks.get()) is not None:
             task()
+            self._left -= 1
 
 # %% ../../nbs/widgets/02_work.ipynb #93fdccc8
 class Painter:
@@ -44,13 +52,16 @@ class Painter:
 
     def __init__(self, paint, moving, interval=0.2):
         self._paint, self._moving, self._interval = paint, moving, interval
-        self._asked, self._closed, self._thread, self._lock, self._due = threading.Event(), False, None, threading.Lock(), None
+        self._asked, self._still, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._closed, self._thread, self._due = False, None, None
 
     def ask(self, after=0.0):
         "Paint soon, or not before so many seconds."
         if after:
             self._due = time.monotonic() + after
         else:
+            if not self._moving():
+                self._still.set()  # what has come to rest is shown at once
             self._asked.set()
         with self._lock:
             if self._thread is None and not self._closed:
@@ -62,6 +73,7 @@ class Painter:
         "End the thread; wait for a picture being painted."
         with self._lock:
             self._closed, thread = True, self._thread
+        self._still.set()
         self._asked.set()
         if thread is not None and thread is not threading.current_thread():
             thread.join(2)
@@ -76,7 +88,8 @@ class Painter:
         while not self._closed:
             self._asked.wait(self._wait())
             if self._moving():
-                time.sleep(max(0.0, min(self._interval, last + self._interval - time.monotonic())))
+                self._still.wait(max(0.0, min(self._interval, last + self._interval - time.monotonic())))
+            self._still.clear()
             if self._closed:
                 return
             if self._due is not None and time.monotonic() >= self._due:

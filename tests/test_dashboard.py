@@ -1,0 +1,368 @@
+"""The dashboard in JupyterLab: every control used by a test that reads what appears, how long that takes, what it costs, and what stays behind."""
+
+import json
+import re
+import statistics
+import time
+
+import nbformat
+import pytest
+
+from tests.test_browser import KERNEL
+
+PROGRAM = """
+import warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+torch.manual_seed(0)
+from betty_nb import Config, Debugger, EngineConfig, debug
+from betty_nb.app.demo import breast_cancer_program
+debugger = Debugger(breast_cancer_program(Config(type="cg", cg_iterations=3, unroll_steps=20), EngineConfig(train_iters=10**7, strategy="cpu")))
+debugger.step(60)
+dashboard = debug(debugger)
+dashboard
+"""
+# What a person sees: the time from a click to the picture in which the text of an element is another one.
+SEEN = """([button, seen, pattern]) => new Promise((done, fail) => {
+  const find = () => document.querySelector(seen)?.textContent ?? '', before = find(), begin = performance.now()
+  const look = () => {
+    const now = find()
+    if (pattern ? new RegExp(pattern).test(now) : now !== before) requestAnimationFrame(() => done(performance.now() - begin))
+    else if (performance.now() - begin > 20000) fail(new Error(`nothing happened in ${seen}: ${now.slice(0, 200)}`))
+    else requestAnimationFrame(look)
+  }
+  document.querySelector(button).click(); look()
+})"""
+STATUS, TAB = ".bn-status", ".bn-dashboard .lm-TabBar-tab:has-text('{}')"
+
+
+def notebook(*cells):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells], metadata=KERNEL)
+
+
+def opened(open_notebook, *more):
+    "A tab that shows the dashboard"
+    tab = open_notebook(notebook(PROGRAM, *more)).run_all()
+    assert tab.errors() == []
+    tab.command("application:toggle-left-area")
+    tab.show(".bn-dashboard")
+    tab.wait_text(STATUS, "next:")
+    return tab
+
+
+def panel(tab, title):
+    tab.click(TAB.format(title))
+
+
+def seen(tab, button, element=STATUS, pattern=""):
+    "Milliseconds from a click to its result on the screen"
+    return tab.page.evaluate(SEEN, [button, element, pattern])
+
+
+def action(tab):
+    "How many actions the timeline says have been done"
+    return int(tab.page.locator(".bn-handle").first.get_attribute("aria-valuenow"))
+
+
+def wait_action(tab, n):
+    tab.page.wait_for_function("n => document.querySelector('.bn-handle').getAttribute('aria-valuenow') == n", arg=str(n))
+
+
+def steps(tab, level):
+    return int(re.search(r"\d+", tab.text(f".bn-levels [data-level='{level}'] .bn-count"))[0])
+
+
+def settled(tab):
+    "Wait until nothing is being done"
+    tab.page.wait_for_function("() => !document.querySelector('.bn-status').textContent.includes('…') && !document.querySelector('.bn-step').disabled")
+
+
+@pytest.mark.parametrize("lab", ["perCommTarget", "disabled"], indirect=True)
+def test_every_control(open_notebook, lab):
+    tab = opened(open_notebook)
+    tab.screenshot("dashboard_curves")
+    # the levels
+    tab.page.locator(".bn-levels [data-level='inner']").click()
+    tab.wait_text(".bn-step-level", "step inner")
+    tab.wait_text(".bn-level-facts", "31")
+    assert "in U" in tab.text(".bn-levels [data-level='outer']")
+    # moving
+    before, at = steps(tab, "inner"), action(tab)
+    seen(tab, ".bn-step")
+    tab.wait_text(".bn-levels [data-level='inner'] .bn-count", str(before + 1))
+    settled(tab)
+    tab.click(".bn-step-level")
+    tab.wait_text(".bn-levels [data-level='inner'] .bn-count", str(before + 2))
+    tab.page.wait_for_selector(".bn-mark[data-kind='by hand']:not(.bn-sample)")
+    settled(tab)
+    tab.click(".bn-back")
+    tab.wait_text(".bn-levels [data-level='inner'] .bn-count", str(before + 1))
+    settled(tab)
+    tab.click(".bn-replay")
+    tab.wait_text(".bn-levels [data-level='inner'] .bn-count", str(before + 2))
+    settled(tab)
+    tab.click(".bn-unroll")
+    tab.page.wait_for_function("() => / (20|40|60|80) steps|(20|40|60|80) of 20|0 of 20/.test(document.querySelector('.bn-level-facts').textContent)")
+    settled(tab)
+    tab.click(".bn-until")
+    tab.wait_text(STATUS, "next: take the hypergradient of outer")
+    settled(tab)
+    # the timeline, by key and by mouse
+    now = action(tab)
+    handle = tab.page.locator(".bn-handle").first
+    handle.focus()
+    for _ in range(3):
+        handle.press("ArrowLeft")
+    wait_action(tab, now - 3)
+    tab.page.locator(".bn-handle").first.press("Enter")
+    tab.wait_text(".bn-timeline", f"action {now - 3:,}")
+    settled(tab)
+    box = tab.page.locator(".bn-timeline").first.bounding_box()
+    tab.page.mouse.move(*middle(tab.page.locator(".bn-handle").first.bounding_box()))
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 32, steps=4)
+    tab.wait_text(".bn-timeline", "back to action")
+    tab.page.mouse.up()
+    tab.page.wait_for_function("n => +document.querySelector('.bn-handle').getAttribute('aria-valuenow') < n", arg=at)
+    settled(tab)
+    # a fork, and going on with one branch
+    tab.page.locator(".bn-other select").select_option("darts")
+    tab.click(".bn-fork")
+    tab.page.wait_for_selector(".bn-curves path.bn-curve[data-name='outer · darts']")
+    assert tab.page.locator(".bn-take").count() == 2
+    tab.screenshot("dashboard_fork")
+    tab.click(".bn-take >> nth=1")
+    tab.page.wait_for_selector(".bn-take", state="detached")
+    tab.wait_text(".bn-level-facts", "darts")
+    settled(tab)
+    # breakpoints
+    tab.page.locator(".bn-kind").select_option("hypergradient norm")
+    tab.page.locator(".bn-value").fill("1e-9")
+    tab.click(".bn-add")
+    tab.wait_text(".bn-breakpoint", "hypergradient norm")
+    tab.click(".bn-run")
+    tab.wait_text(".bn-breakpoint", "stopped here")
+    tab.wait_text(STATUS, "Breakpoint 1")
+    settled(tab)
+    tab.page.locator(".bn-breakpoint input").uncheck()
+    settled(tab)
+    tab.click(".bn-run")
+    tab.wait_text(STATUS, "running")
+    tab.click(".bn-pause")
+    tab.wait_text(STATUS, "next:")
+    settled(tab)
+    tab.click(".bn-drop")
+    tab.page.wait_for_selector(".bn-breakpoint", state="detached")
+    assert tab.errors() == []
+
+
+def middle(box):
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def test_every_panel(open_notebook):
+    tab = opened(open_notebook)
+    panel(tab, "Hypergradient")
+    tab.wait_text(".bn-inspector", "solver residual")
+    tab.wait_text(".bn-said", "error")
+    assert tab.page.locator(".bn-parameters tr").count() == 2 and tab.page.locator(".bn-histogram").count() == 1
+    tab.click(".bn-path-after")  # one path, each of its edges with the norm of the vector on it
+    tab.wait_text(".bn-path-said", "path 1 of 1: outer → inner → outer")
+    assert tab.page.locator("text.bn-norm").count() == 2
+    tab.screenshot("dashboard_hypergradient")
+    tab.page.locator(".bn-against input").uncheck()
+    tab.wait_text(".bn-said", "not compared")
+    settled(tab)
+    tab.click(".bn-look")
+    settled(tab)
+    panel(tab, "Sets")
+    tab.wait_text(".bn-sets", "declared")
+    assert "inner" in tab.text(".bn-sets table") and tab.page.locator(".bn-sets .bn-bad").count() == 0
+    tab.screenshot("dashboard_sets")
+    panel(tab, "Methods")
+    menu = tab.page.locator(".bn-menu select").nth(1)
+    assert menu.locator("option:disabled").count() >= 1 and "not here:" in menu.locator("option:disabled").first.inner_text()
+    menu.select_option("darts")
+    tab.page.wait_for_selector(".bn-option-alpha")
+    tab.click(".bn-swap")
+    tab.wait_text(".bn-methods-said, .bn-said >> nth=1", "darts")
+    settled(tab)
+    tab.page.locator(".bn-option-alpha input").fill("a lot")
+    tab.click(".bn-swap")
+    tab.wait_text(".bn-error", "alpha must be a number, not 'a lot'.")
+    settled(tab)
+    tab.click(".bn-compare")
+    tab.page.wait_for_selector(".bn-comparison tbody tr", timeout=90_000)
+    assert tab.page.locator(".bn-error").first.inner_text().strip() == ""
+    assert tab.page.locator(".bn-comparison tbody tr").count() > 8 and tab.page.locator(".bn-plot svg").count() == 1
+    settled(tab)
+    tab.screenshot("dashboard_methods")
+    tab.page.locator(".bn-comparison tr", has_text="exact").get_by_role("button").click()
+    tab.page.wait_for_selector(".bn-comparison tr.bn-current:has-text('exact')")
+    settled(tab)
+    panel(tab, "Doctor")
+    tab.page.wait_for_selector(".bn-diagnosis p", timeout=60_000)
+    settled(tab)
+    tab.screenshot("dashboard_doctor")
+    panel(tab, "Curves")
+    tab.click(".bn-choice .bn-button >> nth=0")
+    tab.wait_text(".bn-curves", "log scale")
+    assert tab.page.evaluate("() => document.querySelector('.bn-dashboard').getBoundingClientRect().height") < 600, "fits a window of 720 pixels"
+    assert tab.errors() == []
+
+
+ILL = """
+from betty_nb import CG
+engine = breast_cancer_program(Config(type="neumann", neumann_iterations=20, neumann_alpha=5.0, unroll_steps=20), EngineConfig(train_iters=10**6, strategy="cpu"))
+ill = Debugger(engine)
+ill.step_level("inner", 200)
+shown = debug(ill)
+shown.tabs.selected_index = 4
+shown
+"""
+
+
+def test_the_doctor_and_his_remedy(open_notebook):
+    tab = open_notebook(notebook(PROGRAM.replace("\ndashboard\n", "\n"), ILL)).run_all()
+    assert tab.errors() == []
+    tab.page.wait_for_selector(".bn-finding-item", timeout=60_000)
+    tab.show(".bn-dashboard")
+    assert re.search(r"Doctor • \d", tab.text(TAB.format("Doctor")))
+    assert "What to do" in tab.text(".bn-finding-detail") and tab.page.locator(".bn-finding-detail svg").count() >= 1
+    tab.screenshot("dashboard_ill")
+    item = tab.page.locator(".bn-finding-item", has_text="✖").first
+    item.focus()
+    item.press("ArrowDown")
+    item.press("ArrowUp")
+    for i in range(tab.page.locator(".bn-finding-item").count()):
+        tab.page.locator(".bn-finding-item").nth(i).click()
+        if tab.page.locator(".bn-apply").count():
+            tab.click(".bn-apply")
+            break
+    tab.wait_text(".bn-diagnosis", "from the next action on")
+    settled(tab)
+    found = tab.page.locator(".bn-finding-item").count()
+    tab.click(".bn-examine")
+    tab.page.wait_for_function("n => document.querySelectorAll('.bn-finding-item').length < n", arg=found, timeout=60_000)
+
+
+def test_clicks_while_busy_twice_out_of_order_and_after_an_interrupt(open_notebook):
+    tab = opened(open_notebook)
+    before = action(tab)
+    storm = "for (const b of ['.bn-step', '.bn-step', '.bn-pause', '.bn-back', '.bn-run', '.bn-run', '.bn-pause', '.bn-step', '.bn-until', '.bn-pause']) document.querySelector(b).click()"
+    for _ in range(5):
+        tab.page.evaluate(f"() => {{ {storm} }}")
+        time.sleep(0.2)
+        tab.command("kernelmenu:interrupt")
+        tab.page.evaluate(f"() => {{ {storm} }}")
+        time.sleep(0.2)
+    tab.page.wait_for_function("() => { if (!document.querySelector('.bn-pause').disabled) document.querySelector('.bn-pause').click(); return !document.querySelector('.bn-step').disabled }")
+    settled(tab)
+    assert action(tab) >= before - 1
+    inner = steps(tab, "inner")
+    tab.click(".bn-step-level")  # nothing is stuck
+    tab.page.locator(".bn-levels [data-level='inner']").click()
+    tab.wait_text(".bn-step-level", "step inner")
+    settled(tab)
+    inner = steps(tab, "inner")
+    tab.click(".bn-step-level")
+    tab.wait_text(".bn-levels [data-level='inner'] .bn-count", str(inner + 1))
+    assert tab.text(".bn-error").strip() == ""
+
+
+def test_clicks_are_answered_at_once(open_notebook):
+    tab = opened(open_notebook)
+    waits = {"pause": [], "step": [], "back": [], "hypergradient": [], "level": []}
+    for _ in range(7):
+        seen(tab, ".bn-run", STATUS, "running")
+        time.sleep(0.5)
+        waits["pause"].append(seen(tab, ".bn-pause", STATUS, "next:"))
+        settled(tab)
+        waits["step"].append(seen(tab, ".bn-step", ".bn-level-facts, .bn-timeline"))
+        settled(tab)
+        waits["back"].append(seen(tab, ".bn-back", ".bn-timeline"))
+        settled(tab)
+    panel(tab, "Hypergradient")
+    tab.wait_text(".bn-inspector", "solver residual")
+    settled(tab)
+    for _ in range(7):
+        waits["hypergradient"].append(seen(tab, ".bn-step", ".bn-said"))
+        settled(tab)
+    median = {name: statistics.median(times) for name, times in waits.items() if times}
+    print(f"\nfrom a click to what it does, seen in JupyterLab: {', '.join(f'{k} {v:.0f} ms' for k, v in median.items())}")
+    assert median["pause"] < 200, waits
+    assert max(median.values()) < 300, waits
+
+
+MEMORY = """
+import gc, json, threading, time, tracemalloc
+import ipywidgets as W
+from comm import get_comm_manager
+from IPython.display import clear_output, display
+
+def census():
+    gc.collect()
+    return dict(threads=threading.active_count(), comms=len(get_comm_manager().comms), widgets=len(W.Widget.widgets), objects=len(gc.get_objects()))
+
+def churn(refreshes, cycles):
+    for i in range(refreshes):
+        if i % 20 == 0: debugger.step()
+        if i % 20 == 10: debugger.back()
+        dashboard.tabs.selected_index = i % 3
+        dashboard.refresh()
+        if i % 20 == 0: dashboard.idle(60)
+    dashboard.tabs.selected_index = 0
+    dashboard.idle(60)
+    for i in range(cycles):
+        other = debug(debugger)
+        display(other)
+        other.tabs.selected_index = i % 3
+        other.refresh()
+        other.idle(60)
+        other.close()
+        clear_output(wait=False)
+"""
+MEASURED = """
+tracemalloc.start()
+churn(40, 10)
+first, held = census(), tracemalloc.get_traced_memory()[0]
+churn(2000, 200)
+last, now = census(), tracemalloc.get_traced_memory()[0]
+tracemalloc.stop()
+print('census', json.dumps(dict({k: last[k] - first[k] for k in first}, bytes=now - held)))
+"""
+
+
+def test_memory_stays_flat(open_notebook):
+    tab = open_notebook(notebook(PROGRAM, MEMORY, "churn(60, 20)", MEASURED))
+    for i in range(3):
+        tab.run_cell(i)
+    client = tab.page.context.new_cdp_session(tab.page)
+    client.send("Performance.enable")
+
+    def browser():
+        time.sleep(2)
+        for _ in range(2):
+            client.send("HeapProfiler.collectGarbage")
+        found = {m["name"]: m["value"] for m in client.send("Performance.getMetrics")["metrics"]}
+        return found["JSHeapUsedSize"] / 2**20, found["Nodes"]
+
+    heap, nodes = browser()
+    tab.run_cell(3)
+    assert tab.errors() == []
+    heap2, nodes2 = browser()
+    grown = json.loads(tab.wait_text(".jp-OutputArea-output:has-text('census')", "census").split("census")[1])
+    print(f"\n2,000 refreshes, 200 dashboards opened and closed: kernel {grown}; browser heap {heap:.1f} -> {heap2:.1f} MB, nodes {nodes:.0f} -> {nodes2:.0f}")
+    assert grown["threads"] == grown["comms"] == grown["widgets"] == 0, grown
+    assert grown["objects"] < 2000 and grown["bytes"] < 2 * 2**20, grown
+    assert heap2 - heap < 8 and nodes2 - nodes < 2000
+
+
+STATIC = """
+from pathlib import Path
+from betty_nb.views.report import report_html
+dashboard.hypergradient.take()
+dashboard.idle(60)
+Path('static.html').write_text(report_html("A dashboard", [("Now", dashboard._repr_mimebundle_()["text/html"] if isinstance(dashboard._repr_mimebundle_(), dict) else dashboard._repr_mimebundle_()[0]["text/html"])]))
+"""
