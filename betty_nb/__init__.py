@@ -1,6 +1,7 @@
 """An interactive toolkit for multilevel optimization in PyTorch: declare the levels, run them, and look inside."""
 from .configs import Config, EngineConfig
 from .engine import Engine
+from .envs import Env
 from .graph import Graph, GraphError, GraphWarning
 from .hypergradient import CG, Darts, Exact, LinearSolve, Method, Solve, register
 from .problems import HigherIterativeProblem, ImplicitProblem, IterativeProblem, Problem

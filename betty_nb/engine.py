@@ -493,9 +493,13 @@ class Engine:
         and attributes of your own (override `extra_state` and `load_extra_state` of the problem)."""
         with self._lock:
             if self.nested:
-                self._saves.append(path)
+                self._saves.append(self._own_file(path))
             else:
-                save_checkpoint(self, path)
+                save_checkpoint(self, self._own_file(path))
+
+    def _own_file(self, path):
+        "The file of this process: of several, each has its own, since their data and random generators differ"
+        return path if self.is_rank_zero() else f"{path}.process{self.processes.rank}"
 
     def load(
         self,
@@ -510,7 +514,7 @@ class Engine:
         self.claim()
         try:
             with self._lock:
-                load_checkpoint(self, path, data)
+                load_checkpoint(self, self._own_file(path), data)
         finally:
             self.release()
 
@@ -518,7 +522,7 @@ class Engine:
         "What a checkpoint keeps of the engine besides its levels"
         return {
             "global_step": self.global_step, "agenda": [dataclasses.astuple(a) for a in self._agenda], "taken": self._taken, "shown": self._shown,
-            "validated": self.validated, "early_stopping": vars(self.early_stopping),
+            "validated": self.validated, "early_stopping": vars(self.early_stopping), "env": self.env and self.env.state_dict(),
         }  # fmt: skip
 
     def load_training_state(self, state):
@@ -529,6 +533,8 @@ class Engine:
                 raise ValueError(f"the action {action.kind!r} of {action.level!r} is none of this program")
         self.global_step, self._agenda, self._taken, self._shown = state["global_step"], agenda, state["taken"], state["shown"]
         self.validated, self.early_stopping = state["validated"], EarlyStopping(**state["early_stopping"])
+        if self.env is not None and state["env"]:
+            self.env.load_state_dict(state["env"])
 
     def train_step(self):
         "One iteration: a step of each leaf. Override to step the levels in an order of your own (`self.inner.step()`)."

@@ -106,6 +106,24 @@ def test_parameters_start_alike_and_the_first_process_alone_writes_the_log():
     assert torch.equal(first, second) and len(entries) == 8 and len(none) == 0
 
 
+def resuming(rank, count, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    engine = program("cg", "distributed", 16, shuffle=True)
+    engine.run(10)
+    engine.save(f"{folder}/saved")
+    engine.run(10)
+    again = program("cg", "distributed", 16, shuffle=True)
+    again.load(f"{folder}/saved")
+    again.run(10)
+    torch.save([p.module().detach().clone() for e in (engine, again) for p in (e.inner, e.outer)], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_several_processes_resume_bit_for_bit():
+    for inner, outer, inner_again, outer_again in in_two_processes(resuming):
+        assert torch.equal(inner, inner_again) and torch.equal(outer, outer_again)
+
+
 def refused(rank, count, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     with pytest.raises(ValueError, match="IterativeProblem"):

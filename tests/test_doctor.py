@@ -357,6 +357,7 @@ def test_a_diagnosis_leaves_no_trace(method):
     assert same(bits(untouched), after)  # the loaders noticed nothing either
 
 
+@pytest.mark.alone
 def test_a_diagnosis_keeps_to_its_time_and_says_what_it_left_out():
     engine = decayed(net(width=600), CG(iterations=20), batch=200, steps=20)
     start = time.perf_counter()

@@ -15,7 +15,7 @@ from tests.repo import ROOT, child_env, copy_tree, directives, files, modules, n
 
 # --- the house: a module imports only from lower floors, in core only from earlier rooms
 
-FLOORS = ["core", "debugger", "views", "widgets", "app"]
+FLOORS = ["core", "debugger", "views", "widgets", "benchmarks", "app"]
 ROOMS = ["graph", "distributed", "hypergradient", "configs", "optim", "problems", "envs", "logging", "stopping", "summary", "checkpoint", "engine"]
 # Who may import what, even inside a function. Nobody but the tests and notebooks may need the development tools.
 OUTSIDE = {
@@ -142,6 +142,7 @@ def test_importing_loads_torch_alone(module):
     none(heavy, f"import {module} must load torch alone; import these inside the functions that use them:")
 
 
+@pytest.mark.alone
 def test_importing_is_quick():
     code = "import json, time; import torch; start = time.perf_counter(); import betty_nb.engine; print(json.dumps(time.perf_counter() - start))"
     seconds = statistics.median(fresh(code) for _ in range(3))

@@ -301,6 +301,7 @@ def test_dependencies_of_a_live_program_can_be_replaced():
 # The debugger under pressure
 
 
+@pytest.mark.alone
 def test_pause_takes_effect_within_200_ms():
     debugger = Debugger(noisy_program())
     waits = []

@@ -54,6 +54,7 @@ def diamond(stages):
     return tuple(levels), (("top", "s0"),), tuple(l2u)
 
 
+@pytest.mark.alone
 def test_lower_solves_grow_linearly_with_the_stages_of_a_diamond():
     solves, seconds = {}, {}
     for stages in range(1, 9):

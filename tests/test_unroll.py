@@ -500,6 +500,7 @@ def test_400_steps_in_a_quarter_of_the_memory():
     assert bytes_held[1] <= 0.25 * bytes_held[0], f"{bytes_held[1] / 1e6:.1f} of {bytes_held[0] / 1e6:.1f} MB"
 
 
+@pytest.mark.alone
 def test_400_steps_in_at_most_1_6_times_the_time():
     plain, checkpointed = weights_program(400, width=128)
     ratios = []

@@ -41,7 +41,8 @@ def sama(loss, theta, hyper, v, optimizer, **_):
                 root = ((b2 * s + (1 - b2) * g * g) / (1 - b2**t)).sqrt()
                 bracket = ((1 - b1) * b2 * s - (1 - b2) * b1 * g * m) / (1 - b2**t)
                 scale = lr / (1 - b1**t) * ((1 - b1) * eps + bracket / root) / (root + eps) ** 2
-                scaled.append(torch.where(s > 0, scale, lr / (1 - b1**t) * (1 - b1) / (root + eps)) * u)
+                scale = torch.where(s > 0, scale, lr / (1 - b1**t) * (1 - b1) / (root + eps))
+                scaled.append(torch.where(root > 0, scale, 0.0) * u)  # a weight that has never had a gradient does not answer
         v = scaled
     return darts(loss, theta, hyper, v, alpha=1.0)
 

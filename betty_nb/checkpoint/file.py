@@ -18,6 +18,7 @@ import torch
 
 from .plain import MARK, Reader, Unknown, Writer, class_name, classes_in, classes_named
 from .position import kind_of, misfit, moved, position_of
+from ..distributed import ALONE
 from ..hypergradient.method import RandomState
 from ..optim import parameters_of
 from ..problems.problem import Source, generators_of, loaders_of
@@ -58,7 +59,8 @@ def sources_of(owner):
     if owner is None or owner.train_data_loader is None:
         return []
     if owner._sources is None:
-        owner._sources = [Source(loader, owner.name) for loader in loaders_of(owner.train_data_loader)]
+        shared = getattr(owner, "processes", ALONE).share(owner.train_data_loader)
+        owner._sources = [Source(loader, owner.name) for loader in loaders_of(shared)]
     return owner._sources
 
 
@@ -143,7 +145,7 @@ def save_checkpoint(
         problem = "is a folder" if os.path.isdir(path) else "lies in a folder that does not exist"
         raise OSError(f"The checkpoint {path!r} {problem}: name a file in a folder that exists.")
     for old in os.listdir(folder):
-        if old.startswith(f".{name}.") and old.endswith(".tmp"):
+        if old.startswith(f".{name}.") and old.endswith(".tmp") and len(old) == len(name) + 14:  # not those of a file called name.more
             with suppress(OSError):
                 os.unlink(os.path.join(folder, old))
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")

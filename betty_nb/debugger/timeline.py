@@ -122,7 +122,7 @@ class Tape:
     def __init__(self, problem, shared):  # shared: the Holdings of snapshots and tapes together
         self.problem, self.source, self.shared = problem, problem.fetch, shared
         self._all_generators, self._own_batches = False, type(problem).get_batch is not Problem.get_batch
-        self._epochs, self._own_callback = 0, type(problem).epoch_callback is not Problem.epoch_callback
+        self._leaving, self._epochs, self._own_callback = False, 0, type(problem).epoch_callback is not Problem.epoch_callback
         if self._own_callback:
             problem.epoch_callback = self._counted_callback
         self.first, self.entries, self.own, self._known = problem.drawn, deque(), Holdings(), (self, None)
@@ -142,6 +142,9 @@ class Tape:
         position = self.problem.drawn - self.first
         if 0 <= position < len(self.entries):
             return self._again(*self.entries[position][:3])
+        if self._leaving:
+            self._step_aside()
+            return self.source()
         if isinstance(self.problem.train_data_loader, (list, type(None))) and not self._own_batches:  # drawing is only looking up
             epochs = self._epochs
             batch = self.source()
@@ -190,9 +193,16 @@ class Tape:
             self.first += 1
 
     def remove(self):
-        self.problem.reader, self.problem.waiting = self.problem.fetch, [*self.ahead(), *self.problem.waiting]
-        if self._own_callback:
-            del self.problem.epoch_callback
+        "Put the loader back in place, as soon as the batches that were drawn already are used up"
+        self._leaving = True
+        self._step_aside()
+
+    def _step_aside(self):
+        if self.problem.drawn >= self.first + len(self.entries):
+            self.problem.reader = self.problem.fetch
+            self.clear()
+            if self._own_callback:
+                del self.problem.epoch_callback
 
 # %% ../../nbs/debugger/01_timeline.ipynb #6376468f
 class Timeline:
@@ -262,6 +272,10 @@ class Timeline:
             self.log.append(action)
             if action.kind == "descend" and (action.manual or self.engine.graph.lower(action.level)):
                 self.mark("by hand" if action.manual else "update", action.level)
+            if self.too_large:
+                self._forget()
+            elif self.nbytes > self._budget:
+                self._thin_out()
 
     def _due(self):
         return time.perf_counter() - self._last > self._cost / self.time_share

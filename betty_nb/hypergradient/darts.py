@@ -25,12 +25,12 @@ def central_difference(
     displacement = radius * direction
     plus = level.gradient_at(displacement)
     rng.restore()
-    minus = level.gradient_at(-displacement)
+    minus = level.gradient_at(displacement.neg_())  # in place: one copy of the level is held, and no more
     parts, distance = {}, 2 * radius
     for name in plus:
         pairs = zip(plus[name], minus[name])
         parts[name] = [None if p is None or m is None else (m - p) / distance for p, m in pairs]
-    return parts, displacement
+    return parts, displacement.neg_()
 
 
 @register("darts")

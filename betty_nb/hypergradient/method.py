@@ -27,7 +27,7 @@ def flatten(tensors, like=None):
     "One vector (n,) from a list of tensors; a tensor that is None counts as zeros of the shape of its counterpart in `like`"
     if like is not None:
         tensors = [torch.zeros_like(o) if t is None else t for t, o in zip(tensors, like)]
-    return torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
+    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def unflatten(vector, like):

@@ -81,7 +81,7 @@ class Sweep:
         for j in self.flow:
             if adjoints[j] is None:
                 continue
-            self.passages[j], parts = self.pull_back(j, adjoints[j])
+            self.passages[j], parts = self.pull_back(j, adjoints.pop(j))
             for x, tensors in parts.items():
                 into = indirect if x in self.targets else adjoints
                 into[x] = add(into[x], tensors)
@@ -102,6 +102,7 @@ class Sweep:
     def pull_back(self, j, adjoint):
         "The Passage through level `j`, and what leaves it as {name: list of tensors or None}"
         problem, vector = self.problems[j], flatten(adjoint, self.theta[j])
+        del adjoint  # for a large level, a copy of the vector
         method = self.methods.get(j, problem.method)
         if method.serves != getattr(problem, "kind", "implicit"):
             raise ValueError(f"Level {j!r}: {method.refusal(problem)}")

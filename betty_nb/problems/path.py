@@ -180,7 +180,8 @@ class Path:
 
     def kept(self):
         "The path as it is now, for `restored`"
-        return Kept([(s, len(s.steps)) for s in self.stretches], self.dropped, self.passes, self.copied, self.first, self.others.kept())
+        stretches = [(Stretch(s.start, s.length, list(s.steps)), len(s.steps)) for s in self.stretches]  # they grow on
+        return Kept(stretches, self.dropped, self.passes, self.copied, self.first, self.others.kept())
 
 
 @dataclass(frozen=True)

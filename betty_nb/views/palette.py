@@ -98,7 +98,7 @@ CSS = """
 --bn-line:var(--jp-border-color1,var(--bn-page-line,#ccc));--bn-soft:rgba(127,127,127,.13);--bn-bad:#b3001b;--bn-good:#00633f;--bn-u:#8d4fd1;--bn-l:#00786b;--bn-focus:#0072b2;
 color:var(--bn-fg);font:13px/1.4 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif}
 body[data-jp-theme-light="false"] .bn,body.vscode-dark .bn,html[theme=dark] .bn,.bn.bn-dark{--bn-bad:#ff8b8b;--bn-good:#62d9a4;--bn-u:#c9a2ff;--bn-l:#5fd6c4;--bn-focus:#56b4e9}
-.bn svg{display:block;max-width:100%}.bn svg text{fill:var(--bn-fg);font-family:inherit}
+.bn svg{display:block;max-width:100%}.bn svg.bn-figure{height:auto}.bn svg text{fill:var(--bn-fg);font-family:inherit}
 .bn p{margin:4px 0}.bn b{font-weight:600}
 .bn table.bn-table{border-collapse:collapse;margin:4px 0;font-size:13px;color:var(--bn-fg);background:none}
 .bn table.bn-table caption{text-align:left;padding:2px 0;font-weight:600;caption-side:top;color:var(--bn-fg)}

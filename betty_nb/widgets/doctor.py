@@ -52,7 +52,7 @@ class Findings(anywidget.AnyWidget):
     _css = """
 .bn-findings{display:flex;gap:12px;align-items:flex-start}.bn-finding-list{flex:0 0 210px;display:flex;flex-direction:column;gap:3px;max-height:370px;overflow-y:auto;padding:3px}.bn-finding-detail{flex:1 1 0;min-width:0}
 .bn-finding-item{font:inherit;font-size:12.5px;text-align:left;color:var(--bn-fg);background:var(--bn-bg);border:1px solid var(--bn-line);border-left:5px solid var(--bn-c5);border-radius:3px;padding:2px 6px;cursor:pointer;line-height:17px}
-.bn-finding-item.bn-error{border-left-color:var(--bn-c1)}.bn-finding-item.bn-warning{border-left-color:var(--bn-c4)}.bn-finding-item[aria-selected=true]{border-color:var(--bn-fg);font-weight:600;background:var(--bn-soft)}
+.bn-finding-item.bn-error{border-left-color:var(--bn-c1)}.bn-finding-item.bn-warning{border-left-color:var(--bn-c4)}.bn-finding-item[aria-selected=true]{outline:1px solid var(--bn-fg);font-weight:600;background:var(--bn-soft)}
 .bn-finding-item:focus-visible,.bn-apply:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}.bn .bn-button.bn-apply{padding:2px 10px;margin:2px 0 6px;text-align:left}
 """
 

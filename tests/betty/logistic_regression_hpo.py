@@ -61,7 +61,7 @@ class Parent(ImplicitProblem):
         return torch.optim.SGD(self.module.parameters(), lr=args.meta_lr, momentum=0.9)
 
     def configure_scheduler(self):
-        return torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=40, gamma=0.5)
+        return torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=20, gamma=0.5)
 
     def param_callback(self):
         for p in self.trainable_parameters():
