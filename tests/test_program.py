@@ -364,7 +364,7 @@ def test_the_memory_budget_holds():
 def test_a_closed_debugger_lets_go():
     engine = noisy_program()
     Debugger(engine).close()
-    assert engine.watchers == [] and engine.inner.reader == engine.inner.get_batch
+    assert engine.watchers == [] and engine.inner.reader == engine.inner.fetch
     assert Debugger(engine) is Debugger(engine)
 
 

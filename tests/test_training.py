@@ -52,7 +52,13 @@ def reweighting(method="cg", precision="fp32", seed=0, steps=30, outer_scale=1.0
     config = Config(type=method, unroll_steps=steps, precision=precision, **options)
     inner = Inner("inner", config, net, sgd, scheduler and scheduler(sgd), fixed(train))
     scale = {k: v for k, v in options.items() if k == "initial_dynamic_scale"}
-    outer = Outer("outer", Config(precision=precision, **scale), weights, torch.optim.SGD(weights.parameters(), lr=0.1), train_data_loader=fixed(valid))
+    outer = Outer(
+        "outer",
+        Config(precision=precision, **scale),
+        weights,
+        torch.optim.SGD(weights.parameters(), lr=0.1),
+        train_data_loader=fixed(valid),
+    )
     return Engine([outer, inner], EngineConfig(strategy="cpu", train_iters=1000), BOTH)
 
 
@@ -161,7 +167,9 @@ def test_training_in_fp16_is_the_loop_of_the_torch_documentation(accumulation):
         return net, sgd, lrs.StepLR(sgd, 4, 0.5)
 
     net, sgd, scheduler = parts()
-    config = Config(precision="fp16", gradient_accumulation=accumulation, gradient_clipping=0.1, initial_dynamic_scale=2.0**26, scale_factor=4.0)
+    config = Config(
+        precision="fp16", gradient_accumulation=accumulation, gradient_clipping=0.1, initial_dynamic_scale=2.0**26, scale_factor=4.0
+    )
     level = Fit("fit", config, net, sgd, scheduler, fixed(*batches))
     Engine([level], EngineConfig(strategy="cpu")).run(12 * accumulation)
 
@@ -223,7 +231,11 @@ def test_the_scaler_is_saved_and_undisturbed():
     assert engine.inner._scaler is None and engine.probe("outer") and engine.inner._scaler is None, "looking makes no scaler"
     engine.run(40)
     state = engine.inner.state_dict()
-    assert state["scaler"]["_growth_tracker"] > 0 and reweighting("cg").inner.scaler is None and "scaler" not in reweighting("cg").inner.state_dict()
+    assert (
+        state["scaler"]["_growth_tracker"] > 0
+        and reweighting("cg").inner.scaler is None
+        and "scaler" not in reweighting("cg").inner.state_dict()
+    )
     other = reweighting("cg", "fp16", initial_dynamic_scale=8.0)
     other.inner.load_state_dict(state)
     assert other.inner.scaler.state_dict() == engine.inner.scaler.state_dict()
@@ -239,7 +251,9 @@ def test_the_scaler_is_saved_and_undisturbed():
 def test_going_back_in_half_precision_is_exact(precision, method):
     def program():
         options = {"initial_dynamic_scale": 2.0**24}  # overflows in the beginning
-        return Debugger(reweighting(method, precision, steps=5, gradient_accumulation=2, scheduler=lambda o: lrs.StepLR(o, 3, 0.9), **options))
+        return Debugger(
+            reweighting(method, precision, steps=5, gradient_accumulation=2, scheduler=lambda o: lrs.StepLR(o, 3, 0.9), **options)
+        )
 
     def everything(engine):
         scalers = [torch.tensor(list(map(float, p.scaler.state_dict().values()))) for p in engine.problems if p._scaler is not None]
@@ -330,7 +344,9 @@ def ridge(method, roll_back, unroll, accumulation, noise=False):
     inner = Inner("inner", Config(type=method, unroll_steps=unroll, gradient_accumulation=accumulation), w,
                   torch.optim.SGD(w.parameters(), lr=0.02, momentum=0.9), train_data_loader=fixed(*((x[i : i + 24], y[i : i + 24]) for i in range(0, 120, 24))))  # fmt: skip
     inner.scheduler = lrs.ExponentialLR(inner.optimizer, 0.97)
-    outer = Outer("outer", None, rho, torch.optim.Adam(rho.parameters(), lr=0.05), train_data_loader=fixed((xv[:60], yv[:60]), (xv[60:], yv[60:])))
+    outer = Outer(
+        "outer", None, rho, torch.optim.Adam(rho.parameters(), lr=0.05), train_data_loader=fixed((xv[:60], yv[:60]), (xv[60:], yv[60:]))
+    )
     return Engine([outer, inner], EngineConfig(strategy="cpu", train_iters=1000, roll_back=roll_back), BOTH)
 
 
@@ -365,7 +381,7 @@ def ridge_by_hand(engine, method, unroll, accumulation, rounds):
             plus, minus = (torch.autograd.grad(lower(virtual.detach() + s * step, rho, last), rho)[0] for s in (1, -1))
             gradient = -(plus - minus) / (2 * 0.01 / v.norm())
         else:
-            H = torch.autograd.functional.hessian(lambda w: lower(w, rho, last), virtual)
+            H = torch.autograd.functional.hessian(lambda w, last=last: lower(w, rho, last), virtual)
             (slope,) = torch.autograd.grad(lower(virtual, rho, last), virtual, create_graph=True)
             gradient = -torch.autograd.grad(slope, rho, torch.linalg.solve(H, v))[0]
         rho.grad = gradient
@@ -401,8 +417,6 @@ def test_rolling_back_repeats_the_dropout_masks_and_then_goes_on():
         action = engine.advance()
         if (action.kind, action.level) == ("descend", "inner"):
             masks[engine.inner.count, action.again is not None] = outputs[0]
-            if engine.inner.count % 4 == 0 and action.again is None:
-                pass
         if action.kind == "roll_back":
             states.append(torch.get_rng_state())
         if action.again == 3:
@@ -414,13 +428,16 @@ def test_rolling_back_repeats_the_dropout_masks_and_then_goes_on():
 
 def test_rolling_back_restores_batch_norm_and_the_optimizer():
     "With an upper level that does not move, a trial and its repetition are the same steps, so the run is the one without"
+
     def program(roll_back):
         engine = noisy_program("cg")
         engine.config.roll_back = roll_back
         for group in engine.outer.optimizer.param_groups:
             group["lr"] = 0.0
         engine.outer.module.value.data.fill_(-3.0)
-        engine.outer.training_step = lambda batch: engine.outer.module().sum() + 0 * engine.inner.module[4].weight.sum()  # no pass of the net
+        engine.outer.training_step = lambda batch: (
+            engine.outer.module().sum() + 0 * engine.inner.module[4].weight.sum()
+        )  # no pass of the net
         return engine
 
     rolled = program(True)
@@ -567,7 +584,7 @@ def test_rolling_back_can_be_stepped_and_gone_back_through(method):
 
 
 def test_steps_by_hand_within_a_trial_are_repeated_too():
-    engine, kept = ridge("exact", True, 2, 1), []
+    engine = ridge("exact", True, 2, 1)
     engine.advance(), engine.advance()
     engine.by_hand("inner")
     assert [s.manual for s in engine.inner.trial.steps] == [False, True]
@@ -578,7 +595,7 @@ def test_steps_by_hand_within_a_trial_are_repeated_too():
     engine_2.advance(), engine_2.advance()
     engine_2.by_hand("inner")
     engine_2.advance(), engine_2.advance()
-    assert torch.equal(engine.inner(), engine_2.inner()) and engine.inner.steps == engine_2.inner.steps == 3 and not kept
+    assert torch.equal(engine.inner(), engine_2.inner()) and engine.inner.steps == engine_2.inner.steps == 3
 
 
 def test_rolling_back_in_fp16_puts_the_scaler_back():
@@ -608,7 +625,11 @@ def test_two_lower_levels_are_rolled_back_when_the_upper_one_has_stepped():
     sgd = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (a, b, t)]
     levels = [Lower("a", Config(type="exact", unroll_steps=2), a, sgd[0], train_data_loader=[1.0, 2.0, 3.0, 4.0]),
               Lower("b", Config(type="exact", unroll_steps=3), b, sgd[1], train_data_loader=[1.0]), Top("top", None, t, sgd[2])]  # fmt: skip
-    engine = Engine(levels, EngineConfig(strategy="cpu", roll_back=True, train_iters=100), {"u2l": {"top": ["a", "b"]}, "l2u": {"a": ["top"], "b": ["top"]}})
+    engine = Engine(
+        levels,
+        EngineConfig(strategy="cpu", roll_back=True, train_iters=100),
+        {"u2l": {"top": ["a", "b"]}, "l2u": {"a": ["top"], "b": ["top"]}},
+    )
     engine.run(3)
     found = {}
     for name, batches in (("a", (1.0, 2.0, 3.0)), ("b", (1.0,) * 3)):
@@ -669,7 +690,9 @@ def single(config=None, net=None, optimizer=None, scheduler=None, cls=Fit, batch
     net = network() if net is None else net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) if optimizer is None else optimizer(net)
     loader = fixed(*((x[i : i + size], y[i : i + size]) for i in range(0, 60, size)))
-    return Engine([cls("fit", config, net, optimizer, scheduler and scheduler(optimizer), loader)], EngineConfig(strategy="cpu", train_iters=1000))
+    return Engine(
+        [cls("fit", config, net, optimizer, scheduler and scheduler(optimizer), loader)], EngineConfig(strategy="cpu", train_iters=1000)
+    )
 
 
 def by_hand(engine, net, optimizer, scheduler=None, updates=20, accumulation=1, clip=0.0):
@@ -725,7 +748,9 @@ OPTIMIZERS = {
     "AdamW": lambda net: torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1),
     "RMSprop": lambda net: torch.optim.RMSprop(net.parameters(), lr=0.01),
     "Adagrad": lambda net: torch.optim.Adagrad(net.parameters(), lr=0.1),
-    "groups": lambda net: torch.optim.AdamW([{"params": net[0].parameters(), "lr": 0.05, "weight_decay": 0.2}, {"params": net[2].parameters()}], lr=0.01),
+    "groups": lambda net: torch.optim.AdamW(
+        [{"params": net[0].parameters(), "lr": 0.05, "weight_decay": 0.2}, {"params": net[2].parameters()}], lr=0.01
+    ),
     "left out": lambda net: torch.optim.Adam(net[2].parameters(), lr=0.05),
 }
 
@@ -833,10 +858,33 @@ class Told(ImplicitProblem):
 
 def test_callbacks_come_in_order_and_as_often_as_they_should():
     module = Vector(2)
-    level = Told("one", Config(unroll_steps=2, gradient_accumulation=2), module, torch.optim.SGD(module.parameters(), lr=0.1), train_data_loader=[0.0, 1.0, 2.0])
+    level = Told(
+        "one",
+        Config(unroll_steps=2, gradient_accumulation=2),
+        module,
+        torch.optim.SGD(module.parameters(), lr=0.1),
+        train_data_loader=[0.0, 1.0, 2.0],
+    )
     Engine([level], EngineConfig(strategy="cpu")).run(8)
     update = ["grad", "clip", "step", "scheduler", "param"]
-    assert level.told == ["start", "loss", "loss", *update, "loss", "epoch", "loss", *update, "start", "loss", "loss", *update, "epoch", "loss", "loss", *update]
+    assert level.told == [
+        "start",
+        "loss",
+        "loss",
+        *update,
+        "loss",
+        "epoch",
+        "loss",
+        *update,
+        "start",
+        "loss",
+        "loss",
+        *update,
+        "epoch",
+        "loss",
+        "loss",
+        *update,
+    ]
     assert level.told.count("grad") == 4 and level.told.count("epoch") == 2
 
 
@@ -850,7 +898,10 @@ def test_a_gradient_callback_sees_the_full_gradient_and_may_change_it():
             for p in self.trainable_parameters():
                 p.data.clamp_(-0.05, 0.05)
 
-    engine, net = single(Config(gradient_accumulation=3), cls=Signed, optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.01)), network()
+    engine, net = (
+        single(Config(gradient_accumulation=3), cls=Signed, optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.01)),
+        network(),
+    )
     engine.run(6)
     for _ in range(2):
         for x, y in engine.fit.train_data_loader:
@@ -929,7 +980,10 @@ def test_defect_11_batches_of_any_nesting(name):
             return F.binary_cross_entropy_with_logits(self.module(x), y)
 
     net, plain = network(), single(batches=1)
-    engine = Engine([Taking("fit", None, net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), train_data_loader=[batch])], EngineConfig(strategy="cpu"))
+    engine = Engine(
+        [Taking("fit", None, net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), train_data_loader=[batch])],
+        EngineConfig(strategy="cpu"),
+    )
     engine.run(5), plain.run(5)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.fit.parameters()))
     assert all(b is batch for b in got), "moved or copied, though it was there already"
@@ -958,7 +1012,10 @@ def test_several_loaders_give_one_batch_each():
             drawn.append("epoch")
 
     net = network()
-    Engine([Two("two", None, net, torch.optim.SGD(net.parameters(), lr=0.1), train_data_loader=[data, endless()])], EngineConfig(strategy="cpu")).run(5)
+    Engine(
+        [Two("two", None, net, torch.optim.SGD(net.parameters(), lr=0.1), train_data_loader=[data, endless()])],
+        EngineConfig(strategy="cpu"),
+    ).run(5)
     assert drawn == [(x[i, 0].item(), 60) if i is not None else "epoch" for i in (0, 20, 40, None, 0, 20)]
 
 
@@ -1041,7 +1098,9 @@ def test_defect_10_frozen_and_unused_parameters_and_a_linear_one(name):
         engine.inner.config.type = "cg"
     engine.run(10)
     assert engine.outer.count == 2 and engine.outer().isfinite().all() and (engine.outer() != -2).all()
-    assert all(torch.equal(a, b) for a, b in zip(kept, (*engine.inner.module.frozen.parameters(), *engine.inner.module.unused.parameters())))
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept, (*engine.inner.module.frozen.parameters(), *engine.inner.module.unused.parameters()))
+    )
 
 
 def test_defect_10_an_upper_loss_that_uses_its_own_parameters():
@@ -1089,7 +1148,9 @@ def test_defect_10_second_derivatives_through_attention(name, training):
     taken, original = [], engine.inner.training_loss
     engine.inner.training_loss = lambda: taken.append(original()) or taken[-1]
     engine.run(5)
-    assert taken and all("Flash" in name for loss in taken for name in kernels(loss)) and kernels(taken[0]), "training keeps the fast kernel"
+    assert taken and all("Flash" in name for loss in taken for name in kernels(loss)) and kernels(taken[0]), (
+        "training keeps the fast kernel"
+    )
     assert "Flash" in str(kernels(engine.outer.loss())) and torch.backends.cuda.flash_sdp_enabled()
 
 

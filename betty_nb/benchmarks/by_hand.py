@@ -106,7 +106,7 @@ class Bilevel:
             loss = outer(models, next(self.batches["outer"]))
             grads = torch.autograd.grad(loss, theta + hyper if work.direct else theta)
             v, direct = grads[: len(theta)], grads[len(theta) :]
-            found = self.pull_back(lambda: inner(models, batch), theta, hyper, v, optimizer=self.optimizers["inner"], work=work)
+            found = self.pull_back(lambda batch=batch: inner(models, batch), theta, hyper, v, optimizer=self.optimizers["inner"], work=work)
             self._move(torch._foreach_add(direct, found) if direct else found)
 
     def _move(self, found):
@@ -201,7 +201,7 @@ class ThreeLevels:
                     losses["low"](models, batch).backward(inputs=theta["low"])
                     optimizers["low"].step()
 
-                def low():
+                def low(batch=batch):
                     return losses["low"](models, batch)
 
                 middle_batch = next(self.batches["middle"])
@@ -211,7 +211,7 @@ class ThreeLevels:
                 self._move("middle", torch._foreach_add(direct, found))
             grads = torch.autograd.grad(losses["top"](models, next(self.batches["top"])), theta["low"] + theta["middle"])
             v, of_middle = grads[: len(theta["low"])], grads[len(theta["low"]) :]
-            v = torch._foreach_add(v, self._pulled("middle", lambda: losses["middle"](models, middle_batch), "low", of_middle))
+            v = torch._foreach_add(v, self._pulled("middle", lambda batch=middle_batch: losses["middle"](models, batch), "low", of_middle))
             self._move("top", self._pulled("low", low, "top", v))
 
     def _pulled(self, through, loss, to, v):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/benchmarks/00_workloads.ipynb #b1b12f16
+# %% ../../nbs/benchmarks/00_workloads.ipynb #6f9e9480
 @dataclass
 class Workload:
     "A multilevel problem at its first point"
@@ -59,7 +59,7 @@ class Weights(nn.Module):
     def forward(self):
         return self.value
 
-# %% ../../nbs/benchmarks/00_workloads.ipynb #9e2674fb
+# %% ../../nbs/benchmarks/00_workloads.ipynb #a3adedcd
 def logistic(n=100, m=256):
     "Logistic regression, a weight decay for each of its n weights"
     truth = torch.randn(n) / n**0.5
@@ -86,7 +86,7 @@ def logistic(n=100, m=256):
         alpha=0.5,
     )
 
-# %% ../../nbs/benchmarks/00_workloads.ipynb #dbab98f2
+# %% ../../nbs/benchmarks/00_workloads.ipynb #e713dbf7
 def _reweighting(name, net, inputs, m, classes, unroll, optimizer, alpha):
     batches = {k: [(inputs(m), torch.randint(classes, (m,))) for _ in range(4)] for k in ("outer", "inner")}
     weigh = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 1), nn.Sigmoid())
@@ -156,7 +156,7 @@ def encoder(m=4, length=16, layers=6, width=256):
     "Example weights for a transformer encoder of 5 million parameters"
     return _reweighting("encoder, 5M", Encoder(layers, width), lambda m: torch.randint(1000, (m, length)), m, 10, 2, adam(1e-4), 0.01)
 
-# %% ../../nbs/benchmarks/00_workloads.ipynb #b9467469
+# %% ../../nbs/benchmarks/00_workloads.ipynb #c93d4366
 def cleaning(m=256, count=2048):
     "A weight for each of 2048 examples, a linear classifier of 7,850 parameters"
     x, y = torch.randn(count, 784), torch.randint(10, (count,))
@@ -180,7 +180,7 @@ def cleaning(m=256, count=2048):
         alpha=0.01,
     )
 
-# %% ../../nbs/benchmarks/00_workloads.ipynb #2feedcfc
+# %% ../../nbs/benchmarks/00_workloads.ipynb #1b7cc00e
 def imaml(m=25):
     "The initialization of a perceptron for few-shot tasks, by a proximal term"
 
@@ -205,7 +205,7 @@ def imaml(m=25):
     losses, optimizers = {"outer": outer, "inner": inner}, {"outer": adam(1e-3), "inner": sgd(0.1)}
     return Workload("iMAML", {"outer": net(), "inner": net()}, losses, batches, optimizers, start=start, alpha=0.5)
 
-# %% ../../nbs/benchmarks/00_workloads.ipynb #9c4e3133
+# %% ../../nbs/benchmarks/00_workloads.ipynb #b84699a7
 class Cell(nn.Module):
     "Four nodes between an image and a classifier; `forward` takes the architecture weights (14, 5)"
 
@@ -242,7 +242,7 @@ def darts_cell(m=8):
     optimizers = {"outer": adam(3e-4), "inner": sgd(0.025, 0.9)}
     return Workload("DARTS cell", {"outer": Weights(14, 5), "inner": Cell()}, {"outer": loss, "inner": loss}, batches, optimizers, 2, direct=True, alpha=0.01, damping=1.0)
 
-# %% ../../nbs/benchmarks/00_workloads.ipynb #b7d7e51a
+# %% ../../nbs/benchmarks/00_workloads.ipynb #c438b448
 def three_levels(m=128, n=64, classes=10):
     "Weight decays of a linear classifier on features whose scales are learned"
 

@@ -92,7 +92,7 @@ class Fork:
 
     def run(self, steps):
         "Make `steps` iterations on each branch, and put the program back"
-        debugger, timeline, engine = self.debugger, self.debugger.timeline, self.debugger.engine
+        timeline, engine = self.debugger.timeline, self.debugger.engine
         timeline.settle()
         timeline.goto(timeline.index)  # a step that failed half-way is undone
         self.index, step, found, note = timeline.index, engine.completed, [], ""
@@ -116,7 +116,7 @@ class Fork:
         timeline.mark("fork", None, " | ".join(b.label for b in found))
 
     def _branch(self, label, methods, steps):
-        debugger, engine, timeline = self.debugger, self.debugger.engine, self.debugger.timeline
+        engine, timeline = self.debugger.engine, self.debugger.timeline
         for name, method in methods.items():
             engine.level(name).config.type = method
         watch = _Losses(engine, timeline.index)
