@@ -96,6 +96,8 @@ class Lab:
             "LabApp.expose_app_in_browser": True,
             "LabApp.extension_manager": "readonly",
             "LanguageServerManager.autodetect": False,
+            "ZMQChannelsWebsocketConnection.iopub_data_rate_limit": 1e9,  # a test may open hundreds of widgets in a row
+            "ZMQChannelsWebsocketConnection.iopub_msg_rate_limit": 1e6,
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -38,7 +38,9 @@ def pytest_runtest_protocol(item):
 
 def pytest_terminal_summary(terminalreporter):
     "What was asked for and the test that proves it, where tests/test_wanted.py took part in the run"
-    reports = [(outcome, report) for outcome in ("passed", "skipped", "failed", "error") for report in terminalreporter.stats.get(outcome, ())]
+    reports = [
+        (outcome, report) for outcome in ("passed", "skipped", "failed", "error") for report in terminalreporter.stats.get(outcome, ())
+    ]
     outcomes = {report.nodeid: outcome for outcome, report in reports if hasattr(report, "nodeid")}
     if any("test_wanted.py::" in nodeid for nodeid in outcomes):
         from tests.test_wanted import table

@@ -62,7 +62,9 @@ def test_logistic_regression_hpo(run, baselines, method):
     before = baselines["hpo"]
     program = run("logistic_regression_hpo", "--type", method)
     after = program["result"]
-    print(f"\n{method}: validation loss {before['loss']:.3f} -> {after['loss']:.3f}, test loss {before['test_loss']:.3f} -> {after['test_loss']:.3f}")
+    print(
+        f"\n{method}: validation loss {before['loss']:.3f} -> {after['loss']:.3f}, test loss {before['test_loss']:.3f} -> {after['test_loss']:.3f}"
+    )
     assert after["loss"] < before["loss"] - 0.1 and after["test_loss"] < before["test_loss"] - 0.1
     strengths = program["parent"].module.w
     assert strengths.min() >= 1e-8 and strengths.max() <= 1.0  # param_callback
@@ -164,7 +166,9 @@ def test_iterative_and_implicit_levels_in_one_engine():
         torch.manual_seed(0)
         modules = [torch.nn.Linear(10, 1, bias=False), torch.nn.Linear(10, 1, bias=False), torch.nn.Linear(1, 10)]
         torch.nn.init.zeros_(modules[2].bias)
-        fast = Fast("fast", Config(unroll_steps=10), modules[0], torch.optim.SGD(modules[0].parameters(), lr=0.05), train_data_loader=[train])
+        fast = Fast(
+            "fast", Config(unroll_steps=10), modules[0], torch.optim.SGD(modules[0].parameters(), lr=0.05), train_data_loader=[train]
+        )
         slow_config = Config(type="cg", cg_iterations=10, unroll_steps=10)
         slow = Slow("slow", slow_config, modules[1], torch.optim.SGD(modules[1].parameters(), lr=0.05), train_data_loader=[train])
         penalty = Penalty("penalty", Config(), modules[2], torch.optim.Adam([modules[2].bias], lr=lr), train_data_loader=[valid])
@@ -261,7 +265,9 @@ def test_early_names_and_the_ways_to_set_things(tmp_path):
 
 def test_the_dependencies_of_bettys_software_design_are_answered():
     "Its example gives the l2u edge the same direction as the u2l edge; in Betty it stops with a bare assertion"
-    levels = [cls(name, module=torch.nn.Linear(1, 1), optimizer=None) for name, cls in (("prob1", ImplicitProblem), ("prob2", ImplicitProblem))]
+    levels = [
+        cls(name, module=torch.nn.Linear(1, 1), optimizer=None) for name, cls in (("prob1", ImplicitProblem), ("prob2", ImplicitProblem))
+    ]
     p1, p2 = levels
     with pytest.raises(GraphError, match=r"'prob1' -> 'prob2' has no l2u way back.*add l2u=\{'prob2': \['prob1'\]\}"):
         Engine(levels, dependencies={"u2l": {p1: [p2]}, "l2u": {p1: [p2]}})
@@ -274,7 +280,11 @@ def documents():
     "The notebooks from which programs are copied: those that export nothing and build an engine (the README is one of them, the index)"
     cells = {path: read(path)["cells"] for path in notebooks() if path.parent.name != "benchmarks"}
     exporting = {path for path in cells if any(d[0] == "default_exp" for cell in cells[path] for d in directives(cell))}
-    return [path for path in cells if path not in exporting and any("Engine(" in source(cell) for cell in cells[path] if cell["cell_type"] == "code")]
+    return [
+        path
+        for path in cells
+        if path not in exporting and any("Engine(" in source(cell) for cell in cells[path] if cell["cell_type"] == "code")
+    ]
 
 
 class Shortened(ast.NodeTransformer):
@@ -316,4 +326,6 @@ def test_defect_16_a_misplaced_method_in_a_document_is_found():
     cells = [source(cell) for cell in read(path)["cells"] if cell["cell_type"] == "code"]
     wrong = [cell.replace('Outer("outer", module=', 'Outer("outer", Config(type="cg"), module=') for cell in cells]
     assert wrong != cells
-    assert [re.sub(r"^.*on level '(\w+)' has no effect.*set it on '(\w+)'.*$", r"\1 \2", said) for said in misplaced(wrong)] == ["outer inner"]
+    assert [re.sub(r"^.*on level '(\w+)' has no effect.*set it on '(\w+)'.*$", r"\1 \2", said) for said in misplaced(wrong)] == [
+        "outer inner"
+    ]

@@ -51,7 +51,10 @@ WANTED = {
         "test_methods::test_neumann_sums_as_many_terms_as_betty",
         "test_betty_programs::test_logistic_regression_hpo[neumann]",
     ],
-    "Conjugate gradient": ["test_methods::test_ridge_regression_against_the_formula[cg]", "test_betty_programs::test_logistic_regression_hpo[cg]"],
+    "Conjugate gradient": [
+        "test_methods::test_ridge_regression_against_the_formula[cg]",
+        "test_betty_programs::test_logistic_regression_hpo[cg]",
+    ],
     "Reverse-mode iterative differentiation": [
         "test_unroll::test_maml_against_central_differences",
         "test_betty_programs::test_logistic_regression_hpo[itd]",
@@ -177,7 +180,9 @@ def collected(request):
     written = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        written += [f"{path.stem}::{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+        written += [
+            f"{path.stem}::{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        ]
     return written, [short(item.nodeid) for item in request.session.items]
 
 

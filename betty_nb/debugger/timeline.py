@@ -71,7 +71,8 @@ def held(value, found=None, seen=None):
             mark = (value.data_ptr(), value.numel()) if value.layout == torch.strided else id(value)
             found[mark] = value.numel() * value.element_size()
     elif isinstance(value, RandomState):
-        held([value.cpu, value.cuda], found, seen)
+        for state in (value.cpu, *value.cuda):
+            held(state, found, seen)
         found.update({id(part): size for part, size in ((value.python, 25_000), (value.numpy, 2_800)) if part is not None})
     elif hasattr(value, "__array_interface__"):
         found[id(value)] = value.nbytes

@@ -130,9 +130,7 @@ outer = Outer(
     optimizer=optim.Adam(parent_module.parameters(), lr=args.meta_lr),
     config=parent_config,
 )
-inner = Inner(
-    name="inner", module=child_module, optimizer=optim.SGD(child_module.parameters(), lr=0.1), config=child_config
-)
+inner = Inner(name="inner", module=child_module, optimizer=optim.SGD(child_module.parameters(), lr=0.1), config=child_config)
 env = MAMLEnv()
 dependencies = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
 engine = MAMLEngine(config=engine_config, problems=[outer, inner], dependencies=dependencies, env=env)

@@ -13,8 +13,8 @@ from torch import optim
 from torch.utils.data import DataLoader, TensorDataset
 
 parser = argparse.ArgumentParser("digits")
-parser.add_argument("--iters", type=int, default=110)
-parser.add_argument("--arch_lr", type=float, default=5e-2)
+parser.add_argument("--iters", type=int, default=150)
+parser.add_argument("--arch_lr", type=float, default=3e-2)
 parser.add_argument("--channels", type=int, default=6)
 parser.add_argument("--steps", type=int, default=2)
 parser.add_argument("--path", default="genotype.t7")
@@ -151,7 +151,7 @@ def accuracy_of(names, seed=0):
         alphas[edge, list(OPERATIONS).index(name)] = 0.0
     net = Network(args.channels, args.steps, nn.CrossEntropyLoss())
     opt = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(6):
+    for _ in range(8):
         for x, target in DataLoader(train_data, batch_size=50, shuffle=True):
             opt.zero_grad()
             net.loss(x, alphas, target).backward()
