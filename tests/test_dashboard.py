@@ -271,6 +271,7 @@ def test_clicks_while_busy_twice_out_of_order_and_after_an_interrupt(open_notebo
     assert tab.text(".bn-error").strip() == ""
 
 
+@pytest.mark.alone
 def test_clicks_are_answered_at_once(open_notebook):
     tab = opened(open_notebook)
     panel(tab, "Hypergradient")

@@ -102,6 +102,7 @@ print(f'share {processor:.3f} in processor time, {wall:.3f} in wall time, of {st
 """
 
 
+@pytest.mark.alone
 def test_throughput_with_the_dashboard_open(open_notebook):
     cells = [nbformat.v4.new_code_cell(text) for text in (PROGRAM, "debug(shown.engine)", MEASURE)]
     tab = open_notebook(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL)).run_all()

@@ -44,11 +44,13 @@ def test_program_and_loop_by_hand_agree(name, method):
     assert off < EXACT_TO, off
 
 
+@pytest.mark.alone
 def test_overhead_of_implicit_methods():
     cases = [(name, IMPLICIT[i % 4]) for i, name in enumerate(SMALL)]
     assert least(cases, MOST, rounds=5, seconds=0.03) <= MOST
 
 
+@pytest.mark.alone
 def test_overhead_of_unrolling():
     assert least([("reweighting_mlp", "unroll")], MOST_UNROLLED, rounds=3, seconds=0.03) <= MOST_UNROLLED
 
@@ -99,6 +101,7 @@ def test_solves_are_linear_in_the_stages_of_a_diamond(stages):
         assert len(engine.graph.paths("top")) == 2**stages
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("method", ["darts", "cg"])
 def test_time_is_linear_in_the_parameters(method):
     def seconds(n):
