@@ -101,7 +101,7 @@ def logging(rank, count, folder):
     dist.destroy_process_group()
 
 
-def test_parameters_start_alike_and_the_first_process_alone_writes_the_log():
+def test_defect_14_accelerate_starts_all_processes_alike_and_one_writes_the_log():
     (first, entries), (second, none) = in_two_processes(logging)
     assert torch.equal(first, second) and len(entries) == 8 and len(none) == 0
 
