@@ -14,6 +14,7 @@ except ImportError:  # not on Windows: there tests that measure time are disturb
     fcntl = None
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
 def pytest_collection_modifyitems(items):
     "Tests in the browser stay with one worker, which starts JupyterLab once, and come first, since they take longest"
     for item in items:
@@ -41,7 +42,7 @@ def pytest_terminal_summary(terminalreporter):
     reports = [
         (outcome, report) for outcome in ("passed", "skipped", "failed", "error") for report in terminalreporter.stats.get(outcome, ())
     ]
-    outcomes = {report.nodeid: outcome for outcome, report in reports if hasattr(report, "nodeid")}
+    outcomes = {report.nodeid.partition("@")[0]: outcome for outcome, report in reports if hasattr(report, "nodeid")}
     if any("test_wanted.py::" in nodeid for nodeid in outcomes):
         from tests.test_wanted import table
 

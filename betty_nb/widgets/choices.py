@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Menu', 'RowTable']
 
-# %% ../../nbs/widgets/01_choices.ipynb #bb7f6e7c
-import anywidget
+# %% ../../nbs/widgets/01_choices.ipynb #5a7ff899
 import traitlets as T
+
+from .live import Live
 
 # %% ../../nbs/widgets/01_choices.ipynb #51ec163a
 _MENU_JS = """
@@ -27,7 +28,7 @@ export default { render }
 """
 
 
-class Menu(anywidget.AnyWidget):
+class Menu(Live):
     "A menu; an entry with a reason cannot be chosen and shows it."
 
     entries = T.List().tag(sync=True)  # dicts of name, label, reason ('' when it can be chosen)
@@ -35,7 +36,7 @@ class Menu(anywidget.AnyWidget):
     label = T.Unicode("").tag(sync=True)
     hint = T.Unicode("").tag(sync=True)  # shown under the pointer
     locked = T.Bool(False).tag(sync=True)
-    _esm = _MENU_JS
+    code = T.Unicode(_MENU_JS).tag(sync=True)
     _css = """
 .bn-menu select{font:inherit;color:var(--bn-fg);background:var(--bn-bg);border:1px solid var(--bn-fg);border-radius:3px;padding:2px 4px;max-width:270px;height:28px}
 .bn-menu select:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}.bn-menu label{white-space:nowrap;margin-right:8px}.bn-menu option{color:var(--bn-fg);background:var(--bn-bg)}.bn-menu option:disabled{color:#767676}
@@ -73,7 +74,7 @@ export default { render }
 """
 
 
-class RowTable(anywidget.AnyWidget):
+class RowTable(Live):
     "A table with a button in every row; `on_choose(callback)` hears the row's number."
 
     columns = T.List().tag(sync=True)  # (name, explanation, is a number)
@@ -81,7 +82,7 @@ class RowTable(anywidget.AnyWidget):
     caption = T.Unicode("").tag(sync=True)
     action = T.Unicode("").tag(sync=True)  # what the button says; '' for none
     locked = T.Bool(False).tag(sync=True)
-    _esm = _TABLE_JS
+    code = T.Unicode(_TABLE_JS).tag(sync=True)
     _css = ".bn-choose .bn-table.bn-table td,.bn-choose .bn-table.bn-table th{padding:0 8px 0 0;font-size:12.5px;line-height:18px}.bn-choose tr.bn-current td{font-weight:600}.bn-choose td .bn-button{padding:0 6px;font-size:12px;line-height:16px;white-space:nowrap}.bn-choose .bn-table td{white-space:nowrap}"
 
     def on_choose(self, callback):

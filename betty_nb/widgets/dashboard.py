@@ -37,7 +37,7 @@ _CSS = """<style>
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-TabBar-tab,.bn-dashboard .jupyter-widget-tab>.p-TabBar .p-TabBar-tab{color:var(--bn-fg);flex:0 1 130px;min-width:60px;font-size:13px}
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-mod-current{font-weight:700}
 .bn-dashboard .jupyter-widget-tab>.widget-tab-contents{padding:4px 8px;border-color:var(--bn-line)}
-.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-plot .bn-figure{width:100%;height:auto;max-height:330px}.bn-dashboard .bn-results>.bn-plot{flex:1 1 290px;width:auto;max-width:460px}.bn-dashboard .bn-results>.bn-comparison{padding-right:6px;max-height:334px;overflow-y:auto}
+.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-plot .bn-figure{width:100%;height:auto;max-height:330px}.bn-dashboard .bn-results>.bn-plot{flex:1 1 240px;min-width:0;width:auto;max-width:460px}.bn-dashboard .bn-results>.bn-comparison{flex:none;padding-right:6px;max-height:334px;overflow-y:auto}
 .bn-dashboard .bn-status-row{min-height:22px}.bn-dashboard .bn-strip{border-top:1px solid var(--bn-line);padding-top:2px}
 </style>"""
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Findings', 'DoctorPanel']
 
-# %% ../../nbs/widgets/09_doctor.ipynb #0bb630ee
+# %% ../../nbs/widgets/09_doctor.ipynb #29c32d7d
 from html import escape
 
-import anywidget
 import ipywidgets as W
 import traitlets as T
 
 from ..views.doctor import SIGNS, finding_html
+from .live import Live
 from .panels import button, lock, page, put
 
 # %% ../../nbs/widgets/09_doctor.ipynb #2ac288d4
@@ -43,12 +43,12 @@ export default { render }
 """
 
 
-class Findings(anywidget.AnyWidget):
+class Findings(Live):
     "A list of findings, the chosen one in full; `on_apply(callback)` hears the number of the one to do something about."
 
     items = T.List().tag(sync=True)  # dicts of severity, title, html, apply ('' where nothing can be set)
     locked = T.Bool(False).tag(sync=True)
-    _esm = _FINDINGS_JS
+    code = T.Unicode(_FINDINGS_JS).tag(sync=True)
     _css = """
 .bn-findings{display:flex;gap:12px;align-items:flex-start}.bn-finding-list{flex:0 0 210px;display:flex;flex-direction:column;gap:3px;max-height:370px;overflow-y:auto;padding:3px}.bn-finding-detail{flex:1 1 0;min-width:0}
 .bn-finding-item{font:inherit;font-size:12.5px;text-align:left;color:var(--bn-fg);background:var(--bn-bg);border:1px solid var(--bn-line);border-left:5px solid var(--bn-c5);border-radius:3px;padding:2px 6px;cursor:pointer;line-height:17px}

@@ -87,7 +87,7 @@ class MethodsPanel(W.VBox):
         self.table.on_choose(self.use)
         self.through.observe(lambda _: self.show_menu(), "value")
         self.menu.observe(lambda _: self.show_options(), "value")
-        results = W.Box([self.table, self.plot], layout=W.Layout(flex_flow="row wrap", align_items="flex-start"))
+        results = W.Box([self.table, self.plot], layout=W.Layout(align_items="flex-start"))
         results.add_class("bn-results")
         super().__init__(
             [

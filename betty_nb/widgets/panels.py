@@ -108,9 +108,11 @@ class CurvesPanel(W.VBox):
         self.dashboard.ask()
 
     def paint(self, state):
-        if self.seen != (state.index, self.fork):
-            self.seen = state.index, self.fork
-            branches = [] if self.fork is None else [(b.label, branch_lines(b)) for b in self.fork.branches]
+        want = state.index, self.fork, self.fork and self.dashboard.selected
+        if self.seen != want:
+            self.seen = want
+            few = {l.name for l in state.levels if len(state.levels) < 4 or l.name == self.dashboard.selected}  # of many levels the selected one
+            branches = [] if self.fork is None else [(b.label, {n: line for n, line in branch_lines(b).items() if n in few}) for b in self.fork.branches]
             self.plot.update({l.name: self.dashboard.debugger.history(l.name) for l in state.levels}, branches)
             put(self.plot, empty=f'No losses yet. Next: {state.next}.\nPress "step" to do just that, or "run".')
         put(self.plot, selected=self.dashboard.selected)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TimelineStrip', 'BreakpointList']
 
-# %% ../../nbs/widgets/06_strip.ipynb #c4a36314
-import anywidget
+# %% ../../nbs/widgets/06_strip.ipynb #32f56802
 import traitlets as T
+
+from .live import Live
 
 # %% ../../nbs/widgets/06_strip.ipynb #62cddd56
 _TIMELINE_JS = """
@@ -77,8 +78,8 @@ function render({ model, el }) {
 export default { render }
 """
 
-# %% ../../nbs/widgets/06_strip.ipynb #ce915f2b
-class TimelineStrip(anywidget.AnyWidget):
+# %% ../../nbs/widgets/06_strip.ipynb #dbea45d7
+class TimelineStrip(Live):
     "The timeline; `on_goto(callback)` hears the action that was chosen."
 
     oldest = T.Int(0).tag(sync=True)
@@ -88,7 +89,7 @@ class TimelineStrip(anywidget.AnyWidget):
     branches = T.List().tag(sync=True)  # dicts of at, n, text: the second line of a fork
     locked = T.Bool(False).tag(sync=True)
     most = 300  # marks at most
-    _esm = _TIMELINE_JS
+    code = T.Unicode(_TIMELINE_JS).tag(sync=True)
     _css = """
 .bn-timeline svg{position:absolute;left:0;top:0}.bn-timeline{position:relative;min-height:62px;touch-action:none;cursor:pointer;user-select:none;overflow:hidden}.bn-timeline svg text{font-size:12px}.bn-timeline svg text.bn-tiny{font-size:11px}.bn-timeline svg text.bn-strong{font-weight:600}
 .bn-timeline .bn-past{stroke:var(--bn-fg);stroke-width:2}.bn-timeline .bn-future{stroke:var(--bn-fg);stroke-width:2;stroke-dasharray:3 3;stroke-opacity:.6}.bn-timeline .bn-dot{fill:var(--bn-fg)}.bn-timeline .bn-pale{opacity:.45}
@@ -154,14 +155,14 @@ export default { render }
 """
 
 
-class BreakpointList(anywidget.AnyWidget):
+class BreakpointList(Live):
     "Breakpoints with check boxes; `on_change(callback)` hears the message of the front end as a dict."
 
     items = T.List().tag(sync=True)  # dicts of id, text, tip, on, hit
     kinds = T.List().tag(sync=True)  # dicts of name, label, value (default threshold or None), hint, reason (why it can't be had here)
     levels = T.List().tag(sync=True)
     locked = T.Bool(False).tag(sync=True)
-    _esm = _BREAKPOINTS_JS
+    code = T.Unicode(_BREAKPOINTS_JS).tag(sync=True)
     _css = """
 .bn-breakpoints{overflow:hidden}.bn-breakpoints .bn-form{display:flex;gap:6px;align-items:center;font-size:12.5px;margin-bottom:3px}.bn-breakpoints .bn-strong{font-weight:600;font-size:12px}
 .bn-breakpoints select,.bn-breakpoints input[type=text]{font:inherit;font-size:12.5px;height:24px;color:var(--bn-fg);background:var(--bn-bg);border:1px solid var(--bn-fg);border-radius:3px;min-width:0}.bn-breakpoints .bn-kind{flex:1 1 110px}.bn-breakpoints .bn-at{flex:0 1 90px}.bn-breakpoints input[type=text]{width:52px}
