@@ -25,7 +25,7 @@ def judged(
     if record.error is not None:
         words = f"against {record.reference}: <b>{words}</b> (error {percent(record.error)}, cosine {number(record.cosine)})"
     return Html(
-        f'<p title="{escape(record.summary())} {escape(advice)}">Of <b>{escape(record.level)}</b>, norm {number(record.total)} · {words} '
+        f'<p title="{escape(record.summary())} It took {record.ms:.3f} ms. {escape(advice)}">Of <b>{escape(record.level)}</b>, norm {number(record.total)} · {words} '
         f"· {record.hvps:,} HVPs, {number(record.ms, 2)} ms{memory}</p>"
     )
 

@@ -47,7 +47,7 @@ class Dashboard(W.VBox):
 
     def __init__(self, debugger, selected=None):
         self.debugger, self.error, self.busy, self._closed = debugger, None, "", False
-        self._unasked, self._waiting, self._viewed, self._slow_of = False, None, False, None
+        self._unasked, self._waiting, self._pauses, self._viewed, self._slow_of = False, None, 0, False, None
         state = debugger.state
         names = [l.name for l in state.levels]
         self._styles = level_styles(names)
@@ -110,17 +110,21 @@ class Dashboard(W.VBox):
             if self.busy:
                 self._waiting = (doing, call, args)
                 return True  # a click does not get lost behind a look that nobody asked for
-            self._worker.submit(lambda: self._work(call, args))
+            pauses = self._pauses
+            self._worker.submit(lambda: self._work(call, args, pauses))
             self.busy, self._unasked = doing, unasked
         self.ask(after=0.15)  # short work must not make the controls blink, nor take the keyboard focus from them
         return True
 
-    def _work(self, call, args):
+    def _work(self, call, args, pauses):
         with self._gate:  # the click that ordered this has said so by now
             pass
         try:
-            call(*args)
-            self.error = None
+            if self._pauses == pauses:
+                call(*args)
+                self.error = None
+            if self._pauses != pauses:
+                self.debugger.pause(wait=False)  # it was clicked before there was anything to stop
         except BaseException as e:
             self.error = sentence(e)
         with self._gate:
@@ -131,11 +135,14 @@ class Dashboard(W.VBox):
 
     def _follow(self, doing, call, args):
         with self._gate:
-            self.busy, self._unasked = doing, False
-        self._work(call, args)
+            self.busy, self._unasked, pauses = doing, False, self._pauses
+        self._work(call, args, pauses)
 
     def pause(self):
-        "Stop after the present action; nothing waits for that."
+        "Stop after the present action; nothing waits for that. What was clicked before and has not begun is dropped."
+        with self._gate:
+            self._pauses += 1
+            self._waiting = None
         try:
             self.debugger.pause(wait=False)
         except Exception as e:

@@ -26,8 +26,9 @@ def button(
     b.pressed = False
 
     def pressed(_):
-        b.pressed = True
-        action()
+        if "bn-locked" not in b._dom_classes:
+            b.pressed = True
+            action()
 
     b.on_click(pressed)
     return b

@@ -46,7 +46,7 @@ function render({ model, el }) {
     for (const kind of Object.keys(SHAPES)) if (kinds.has(kind)) { next.append(svg('path', { d: SHAPES[kind](at, 9), class: 'bn-mark bn-sample' }), svg('text', { x: at + 10, y: 13 }, WORDS[kind])); at += 26 + 6.6 * WORDS[kind].length }
     for (const f of model.get('branches')) {
       const y2 = y + 13
-      next.append(svg('path', { d: `M${X(f.at)} ${y}L${X(f.at) + 8} ${y2}H${Math.max(X(f.at) + 16, X(f.at + f.n))}`, class: 'bn-branch' }), svg('text', { x: X(f.at) > W / 3 ? X(f.at) - 4 : X(f.at + f.n) + 8, y: y2 + 5, class: 'bn-tiny', 'text-anchor': X(f.at) > W / 3 ? 'end' : 'start' }, f.text))
+      next.append(svg('path', { d: `M${X(f.at)} ${y}L${X(f.at) + 8} ${y2}H${Math.max(X(f.at) + 16, X(f.at + f.n))}`, class: 'bn-branch' }), svg('text', { x: X(f.at) > W / 3 ? X(f.at) - 4 : X(f.at) + 24, y: X(f.at) > W / 3 ? y2 + 5 : H - 2, class: 'bn-tiny', 'text-anchor': X(f.at) > W / 3 ? 'end' : 'start' }, f.text))
     }
     const shown = ghost ?? index, handle = svg('g', { tabindex: 0, role: 'slider', class: 'bn-handle' + (ghost === null ? '' : ' bn-ghost'), 'aria-label': 'moment of the program', 'aria-valuemin': a, 'aria-valuemax': b, 'aria-valuenow': shown, 'aria-valuetext': say(shown), 'aria-disabled': locked })
     handle.append(svg('rect', { x: X(shown) - 3.5, y: y - 12, width: 7, height: 24, rx: 2 }), svg('title', {}, 'drag to go back or forward; with the keyboard: arrows, then Enter'))
