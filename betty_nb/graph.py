@@ -193,7 +193,14 @@ class Graph:
             useful |= grown
         onward = {i: tuple(x for x in outs if x in useful) for i, outs in onward.items() if i in useful}
         before = {i: {j for j, outs in onward.items() if i in outs} for i in onward}
-        return {i: onward[i] for i in TopologicalSorter(before).static_order()}
+        try:
+            return {i: onward[i] for i in TopologicalSorter(before).static_order()}
+        except CycleError as error:
+            both = [i for i in dict.fromkeys(error.args[1]) if i in total]
+            raise GraphError(
+                f"The total Hessians of {' and '.join(map(repr, both))} can't be taken together, since the levels below answer to both: "
+                f"set Config(hessian='direct') on {both[0]!r}."
+            ) from None
 
     @property
     @remembered
