@@ -53,7 +53,7 @@ class Dashboard(W.VBox):
         self._styles = level_styles(names)
         self._gate, self._paint_lock = threading.Lock(), threading.Lock()
         self._worker = Worker(prepare=torch.get_num_threads)  # reading it on a new thread lets torch use the same count there
-        self._painter = Painter(self.refresh, lambda: debugger.running)
+        self._painter = Painter(self.refresh, lambda: debugger.running or bool(self.busy))
         self.ask = self._painter.ask
         self.graph = LevelGraph(state, selected or default_level(state), height=290)
         self.graph.add_class("bn-levels")
@@ -103,8 +103,7 @@ class Dashboard(W.VBox):
     def do(self, doing, call, *args, unasked=False):
         "Call the debugger on the worker's thread unless something is being done; what goes wrong becomes one red sentence."
         with self._gate:
-            if self.busy and self._worker.idle:
-                self.busy, self._waiting = "", None  # a kernel interrupt hit a click half-way
+            self._recover()
             if self._closed or self._waiting or (self.busy and (unasked or not self._unasked)):
                 return False
             if self.busy:
@@ -115,6 +114,11 @@ class Dashboard(W.VBox):
             self.busy, self._unasked = doing, unasked
         self.ask(after=0.15)  # short work must not make the controls blink, nor take the keyboard focus from them
         return True
+
+    def _recover(self):
+        "Notice that nothing is being done, though a click that a kernel interrupt hit half-way said so; called inside the gate"
+        if self.busy and self._worker.idle:
+            self.busy, self._waiting = "", None
 
     def _work(self, call, args, pauses):
         with self._gate:  # the click that ordered this has said so by now
@@ -185,6 +189,8 @@ class Dashboard(W.VBox):
                 put(self.trouble, value=f'<p class="bn-bad" role="alert">The dashboard could not be refreshed: {escape(sentence(e))}</p>')
 
     def _show(self, state):
+        with self._gate:
+            self._recover()
         self._viewed = self._viewed or (self._view_count or 0) > 1
         if state.running and self._viewed and self._view_count == 1:
             return  # its views were removed: nobody is looking

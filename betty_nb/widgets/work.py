@@ -16,21 +16,22 @@ class Worker:
 
     def __init__(self, name="betty_nb worker", prepare=None):
         self._tasks, self._name, self._prepare, self._thread, self._lock = queue.SimpleQueue(), name, prepare, None, threading.Lock()
-        self._left = 0  # tasks not done yet
+        self._left = 0  # tasks not done yet; one too many where a kernel interrupt cut `submit` short
+        self._resting = False  # whether the thread waits for a task
 
     @property
     def idle(self):
         "Whether nothing is left to do."
-        return self._left == 0
+        return self._left == 0 or (self._resting and self._tasks.empty())
 
     def submit(self, task):
         "Do this when all earlier tasks are done; the thread starts with the first task."
         with self._lock:
-            self._left += 1
-            self._tasks.put(task)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
                 self._thread.start()
+            self._left += 1
+            self._tasks.put(task)
 
     def close(self):
         "Let the thread end after its present task."
@@ -42,9 +43,15 @@ class Worker:
     def _loop(self):
         if self._prepare:
             self._prepare()
-        while (task := self._tasks.get()) is not None:
+        while (task := self._next()) is not None:
             task()
             self._left -= 1
+
+    def _next(self):
+        self._resting = True
+        task = self._tasks.get()
+        self._resting = False
+        return task
 
 # %% ../../nbs/widgets/02_work.ipynb #93fdccc8
 class Painter:
