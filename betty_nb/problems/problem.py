@@ -145,7 +145,7 @@ class Problem:
         self.engine, self.env, self.device, self.processes = None, None, torch.device("cpu"), ALONE
         self.children, self.parents, self.paths = [], [], []  # levels below and above along l2u; paths of the hypergradient
         self.leaf = False
-        self._siblings, self._scaler = {}, None
+        self._siblings, self._scaler, self._callback_takes_parameters = {}, None, False
         self.reset()
 
     def reset(self):
