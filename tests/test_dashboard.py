@@ -74,10 +74,24 @@ def steps(tab, level):
     return int(re.search(r"\d+", tab.text(f".bn-levels [data-level='{level}'] .bn-count"))[0])
 
 
-def settled(tab):
-    "Wait until nothing is being done"
-    ready = "b => !b.disabled && !b.classList.contains('bn-locked')"
-    tab.page.wait_for_function(f"() => !document.querySelector('.bn-status').textContent.includes('…') && ['.bn-step', '.bn-until'].map(s => document.querySelector(s)).every({ready})")
+SETTLED = """pausing => new Promise((done, fail) => {
+  const root = document.querySelector('.bn-dashboard'), begin = performance.now(), free = b => !b.disabled && !b.classList.contains('bn-locked')
+  let last = begin, paused = begin
+  const changes = new MutationObserver(() => { last = performance.now() })
+  changes.observe(root, { subtree: true, childList: true, attributes: true, characterData: true })
+  const look = () => {
+    const now = performance.now(), status = root.querySelector('.bn-status').textContent
+    const ready = !status.includes('…') && ['.bn-step', '.bn-until'].every(s => free(root.querySelector(s)))
+    if (pausing && !ready && now - paused > 500) { paused = now; root.querySelector('.bn-pause').click() }
+    if (ready && now - last > 250 || now - begin > 60000) { changes.disconnect(); ready ? done() : fail(new Error(`never settled: ${status}`)) } else setTimeout(look, 25)
+  }
+  look()
+})"""
+
+
+def settled(tab, pausing=False):
+    "Wait until nothing is being done and every part of the dashboard has said so: its parts are painted one after the other"
+    tab.page.evaluate(SETTLED, pausing)
 
 
 @pytest.mark.parametrize("lab", ["perCommTarget", "disabled"], indirect=True)
@@ -107,7 +121,9 @@ def test_every_control(open_notebook, lab):
     tab.click(".bn-unroll")
     tab.page.wait_for_function("() => / (20|40|60|80) steps|(20|40|60|80) of 20|0 of 20/.test(document.querySelector('.bn-level-facts').textContent)")
     settled(tab)
+    then = action(tab)
     tab.click(".bn-until")
+    tab.page.wait_for_function("n => document.querySelector('.bn-handle').getAttribute('aria-valuenow') > n", arg=then)
     tab.wait_text(STATUS, "next: take the hypergradient of outer")
     settled(tab)
     # the timeline, by key and by mouse
@@ -250,6 +266,18 @@ def test_the_doctor_and_his_remedy(open_notebook):
     tab.page.wait_for_function("n => document.querySelectorAll('.bn-finding-item').length < n", arg=found, timeout=60_000)
 
 
+def rest(tab, seconds=60):
+    "Pause until nothing goes on any more: clicks that the kernel has not seen yet may still start something"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        settled(tab, pausing=True)
+        now = action(tab)
+        time.sleep(1)
+        if action(tab) == now and "next:" in tab.text(STATUS):
+            return settled(tab)
+    pytest.fail(f"the program never came to rest: {tab.text(STATUS)}")
+
+
 def test_clicks_while_busy_twice_out_of_order_and_after_an_interrupt(open_notebook):
     tab = opened(open_notebook)
     before = action(tab)
@@ -260,11 +288,12 @@ def test_clicks_while_busy_twice_out_of_order_and_after_an_interrupt(open_notebo
         tab.command("kernelmenu:interrupt")
         tab.page.evaluate(f"() => {{ {storm} }}")
         time.sleep(0.2)
-    tab.page.wait_for_function("() => { const p = document.querySelector('.bn-pause'); if (!p.disabled && !p.classList.contains('bn-locked')) document.querySelector('.bn-pause').click(); const s = document.querySelector('.bn-step'); return !s.disabled && !s.classList.contains('bn-locked') && document.querySelector('.bn-status').textContent.includes('next:') }")
-    settled(tab)
+    rest(tab)
     assert action(tab) >= before - 1
     inner = steps(tab, "inner")
+    then = action(tab)
     tab.click(".bn-step-level")  # nothing is stuck
+    wait_action(tab, then + 1)
     tab.page.locator(".bn-levels [data-level='inner']").click()
     tab.wait_text(".bn-step-level", "step inner")
     settled(tab)

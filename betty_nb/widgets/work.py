@@ -53,12 +53,15 @@ class Worker:
         self._resting = False
         return task
 
-# %% ../../nbs/widgets/02_work.ipynb #93fdccc8
+# %% ../../nbs/widgets/02_work.ipynb #0c795352
 class Painter:
-    "Calls `paint` soon after it was asked, and five times a second while things move."
+    "Calls `paint` soon after it was asked; while things move at most five times a second, and less often where painting would take more than `share` of a core."
 
-    def __init__(self, paint, moving, interval=0.2):
-        self._paint, self._moving, self._interval = paint, moving, interval
+    slowest = 1.0  # seconds between two pictures, however long painting takes
+
+    def __init__(self, paint, moving, interval=0.2, share=0.04):
+        self._paint, self._moving, self._interval, self._share = paint, moving, interval, share
+        self._pause = interval  # what the last picture took says how long
         self._asked, self._still, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._closed, self._thread, self._due = False, None, None
 
@@ -88,19 +91,20 @@ class Painter:
     def _wait(self):
         if self._due is not None:
             return max(0.01, self._due - time.monotonic())
-        return self._interval if self._moving() else None
+        return self._pause if self._moving() else None
 
     def _loop(self):
         last = 0.0
         while not self._closed:
             self._asked.wait(self._wait())
             if self._moving():
-                self._still.wait(max(0.0, min(self._interval, last + self._interval - time.monotonic())))
+                self._still.wait(max(0.0, min(self._pause, last + self._pause - time.monotonic())))
             self._still.clear()
             if self._closed:
                 return
             if self._due is not None and time.monotonic() >= self._due:
                 self._due = None
             self._asked.clear()
-            last = time.monotonic()
+            last, worked = time.monotonic(), time.thread_time()
             self._paint()
+            self._pause = max(self._interval, min(self.slowest, (time.thread_time() - worked) / self._share))
