@@ -91,6 +91,15 @@ def probed(engine, method=None):
     return result.total[0], result.passages["inner"].solve
 
 
+def made_and_repeated(engine):
+    "The hypergradient from the graph with which the steps were made where they were, after it was compared with that of repeated steps"
+    made, solve = probed(engine)
+    repeated, solve2 = probed(engine, Unroll(graph_mb=0))
+    assert solve.status == solve2.status == "fixed" and solve.iterations == solve2.iterations
+    assert error(repeated, made) < 1e-10
+    return made, solve
+
+
 OPTIMIZERS = {
     "SGD": dict(make=torch.optim.SGD, lr=0.1),
     "momentum": dict(make=torch.optim.SGD, momentum=0.9, weight_decay=0.01),
@@ -109,11 +118,15 @@ OPTIMIZERS = {
 }
 
 
+MADE_WITH_GRAPH = ("SGD", "momentum", "Nesterov", "dampening", "Adam", "AdamW")
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_against_central_differences_of_the_whole_program(name):
     engine = at_hypergradient(program(**OPTIMIZERS[name]))
-    reverse, solve = probed(engine)
-    assert solve.status == "fixed" and solve.iterations == 10
+    reverse, solve = made_and_repeated(engine)
+    assert (engine.inner.path.stretches[-1].live is not None) == (name in MADE_WITH_GRAPH), "SGD, Adam and AdamW, whose formulas are known"
+    assert solve.iterations == 10
     assert error(reverse, central(**OPTIMIZERS[name])) < 1e-6
     assert error(probed(engine, ForwardMode())[0], reverse) < 1e-10
 
@@ -137,13 +150,13 @@ ACCUMULATE = Config(unroll_steps=6, gradient_accumulation=2, gradient_clipping=0
             )
         ),
         dict(config=Config(unroll_steps=10, type=Unroll(checkpoint=3)), make=torch.optim.Adam, noise=True),
+        dict(config=Config(unroll_steps=10, gradient_accumulation=2), make=torch.optim.Adam, noise=True),
     ],
-    ids=["scheduler", "scheduler, dropout and BatchNorm", "accumulation and clipping", "groups", "checkpoint"],
+    ids=["scheduler", "scheduler, dropout and BatchNorm", "accumulation and clipping", "groups", "checkpoint", "accumulation and dropout"],
 )
 def test_through_schedulers_groups_noise_and_accumulation(options):
     engine = at_hypergradient(program(**options))
-    reverse, solve = probed(engine)
-    assert solve.status == "fixed"
+    reverse, solve = made_and_repeated(engine)
     assert error(probed(engine, ForwardMode())[0], reverse) < 1e-10
     assert error(reverse, central(**options)) < 1e-6
 
@@ -364,16 +377,30 @@ def test_an_interrupt_inside_a_pull_back_leaves_everything_as_it_is():
     for calls in (1, 4, 8):
         handle = net.register_forward_hook(interrupting(calls))
         with pytest.raises(KeyboardInterrupt):
-            engine.probe("outer")
+            engine.probe("outer", methods={"inner": Unroll(graph_mb=0)})
         handle.remove()
         assert same(before, bits(engine)) and all(a is b for a, b in zip(parameters, net.parameters()))
         assert all(isinstance(p, torch.nn.Parameter) for p in net.parameters())
 
 
-def test_going_back_and_forth_gives_the_same_bits():
-    straight = noisy()
+GRAPHS = pytest.mark.parametrize(
+    "config",
+    [
+        dict(type=Unroll()),
+        dict(type=Unroll(graph_mb=0)),
+        dict(type=Unroll(first_order=True)),
+        dict(type=Unroll(truncate=4)),
+        dict(gradient_accumulation=2),
+    ],
+    ids=["made with their graph", "repeated", "first order", "truncated", "accumulation"],
+)
+
+
+@GRAPHS
+def test_going_back_and_forth_gives_the_same_bits(config):
+    straight = noisy(Config(unroll_steps=7, **config))
     straight.run(40)
-    debugger = Debugger(noisy())
+    debugger = Debugger(noisy(Config(unroll_steps=7, **config)))
     engine = debugger.engine
     debugger.timeline.time_share = 1e-9  # hardly any snapshots, so that most of the way is replayed
     while engine.completed < 24:
@@ -388,8 +415,9 @@ def test_going_back_and_forth_gives_the_same_bits():
     assert same(bits(engine), bits(straight))
 
 
-def test_stepping_back_in_the_middle_of_an_unroll():
-    debugger = Debugger(noisy())
+@GRAPHS
+def test_stepping_back_in_the_middle_of_an_unroll(config):
+    debugger = Debugger(noisy(Config(unroll_steps=7, **config)))
     debugger.step(18)  # a snapshot before each
     states = []
     for _ in range(12):
@@ -481,7 +509,7 @@ def weights_program(steps, width=64):
             for p, value in zip(net.parameters(), begin):
                 p.copy_(value)
         top = Vector(torch.zeros(64)).float()
-        inner = Lower("inner", Config(unroll_steps=steps), net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+        inner = Lower("inner", Config(unroll_steps=steps, type=Unroll(graph_mb=0)), net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
         outer = Upper("outer", None, top, torch.optim.SGD(top.parameters(), lr=0.1))
         engine = at_hypergradient(Engine([outer, inner], EngineConfig(strategy="cpu"), BOTH))
         engine.advance()
@@ -613,8 +641,9 @@ def test_a_step_that_cannot_be_repeated_is_reported():
         def training_step(self, batch):
             return super().training_step(batch) * (1 + torch.rand((), generator=generator, dtype=DOUBLE))
 
-    solve = probed(at_hypergradient(program(cls=Own)))[1]
+    solve = probed(at_hypergradient(program(cls=Own, config=Config(unroll_steps=10, type=Unroll(graph_mb=0)))))[1]
     assert solve.status == "not reproduced" and "generator" in solve.advice
+    assert probed(at_hypergradient(program(cls=Own)))[1].status == "fixed", "steps made with their graph need not be repeated"
 
 
 def test_counters_and_slow_generators_are_repeated():

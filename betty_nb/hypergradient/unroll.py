@@ -13,47 +13,7 @@ from torch.autograd import forward_ad
 
 from .method import Method, Solve, derivative, flatten, option, register
 
-# %% ../../nbs/core/26_unroll.ipynb #c2a74bcb
-class _Inputs:
-    "Replaces recorded parameters of other levels; `made` is a list of pairs (input, the parameter it stands for)"
-
-    def __init__(self, replay, wanted, tangents=None):
-        self.replay, self.wanted, self.tangents, self.made, self._known = replay, {id(t) for t in wanted}, tangents, [], {}
-
-    def __call__(self, seen):
-        if id(seen) not in self._known:
-            self._known[id(seen)] = seen, [self._replaced(t, copy) for t, copy in zip(self.replay.path.others.tensors, seen)]
-        return self._known[id(seen)][1]
-
-    def _replaced(self, parameter, copy):
-        if id(parameter) not in self.replay.placed:  # in no module, so only the tensor itself can be meant
-            return parameter
-        if id(parameter) not in self.wanted:
-            return copy
-        key = id(parameter), id(copy)
-        if key not in self._known:
-            new = copy.detach().requires_grad_()
-            if self.tangents is not None:
-                new = forward_ad.make_dual(new, self.tangents[id(parameter)])
-            self._known[key] = new
-            self.made.append((new, parameter))
-        return self._known[key]
-
-
-def _fresh(tensors, like):
-    "The tensors without graph, requiring grad where their counterparts do"
-    return [t.detach().requires_grad_(p.requires_grad) for t, p in zip(tensors, like)]
-
-
-def _fresh_state(state):
-    return [{k: v.detach().requires_grad_(_varies(k, v)) if isinstance(v, torch.Tensor) else v for k, v in part.items()} for part in state]
-
-
-def _varies(key, value):
-    "Whether an entry of an optimizer's state may depend on the parameters; its counter of steps does not"
-    return key != "step" and value.is_floating_point()
-
-
+# %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
 def _deviation(tensors, reference):
     "|tensors - reference| / |reference|, 0-d"
     a, b = flatten([t.detach() for t in tensors]), flatten([t.detach() for t in reference])
@@ -116,14 +76,26 @@ class _Through(Method):
             "incomplete": (bool(path.dropped) and not getattr(self, "truncate", 0), lost),
         }
 
-# %% ../../nbs/core/26_unroll.ipynb #680273cd
+# %% ../../nbs/core/26_unroll.ipynb #a2e446ef
+@dataclass(frozen=True)
+class _Repeated:
+    "Repeated steps, from tensors of which autograd may ask the derivative"
+
+    parameters: list
+    state: list
+    inputs: object
+    after: list
+    after_state: list
+
+
 @register("unroll")
 @dataclass(frozen=True)
 class Unroll(_Through):
     "Reverse mode through the steps of an IterativeProblem"
 
     truncate: int = option(0, "go back through the last steps only, this many; 0 for all", low=0)
-    checkpoint: int = option(0, "steps whose graph is held at a time; 0 for the square root of unroll_steps", low=0)
+    graph_mb: int = option(512, "memory for the graph of the whole unroll, in MB: where it takes more, and with 0, the steps are repeated for the hypergradient", low=0)
+    checkpoint: int = option(0, "repeat the steps, so many at a time; 0 for the square root of unroll_steps where they are repeated", low=0)
     second_order = property(lambda self: not self.first_order)
     first_order: bool = option(False, "leave out second derivatives: the gradient of a step counts as a constant")
 
@@ -135,41 +107,51 @@ class Unroll(_Through):
         for stretch, end in zip(reversed(stretches), reversed(ends)):
             first = max(0, len(stretch.steps) - left)
             left -= len(stretch.steps) - first
-            adjoint, state, off = self._stretch(replay, stretch, first, end, adjoint, state, wanted, total)
+            at_first = stretch is stretches[0] and not first and not replay.path.dropped
+            further = replay.begins_elsewhere if at_first else left > 0
+            adjoint, state, off = self._stretch(replay, stretch, first, end, adjoint, state, wanted, total, further)
             deviations.append(off)
+            if at_first and further:
+                self._beginning(replay, adjoint, wanted, total)
             if not left:
                 break
-        if not first and stretch is stretches[0] and not replay.path.dropped:
-            self._beginning(replay, adjoint, wanted, total)
         return [total[id(t)] for t in wanted], deviations, (self.truncate or len(replay.path)) - left
 
-    def _stretch(self, replay, stretch, first, end, adjoint, state_adjoint, wanted, total):
-        "Pull the adjoint of the end of a stretch back to its beginning, or to its step `first`; adds to `total`"
-        parameters, state = _fresh(stretch.start.parameters, replay.own), _fresh_state(stretch.start.state)
-        if first:
-            parameters, state = replay.run(stretch, parameters, state, _Inputs(replay, ()), last=first, graph=False)
-            parameters, state = _fresh(parameters, replay.own), _fresh_state(state)
-        inputs = _Inputs(replay, wanted)
-        after, after_state = replay.run(stretch, parameters, state, inputs, first=first, graph=not self.first_order)
-        pairs = [(t, v) for t, v in zip(after, adjoint) if t.requires_grad]
-        for part, adjoints in zip(after_state, state_adjoint or ()):
+    def _stretch(self, replay, stretch, first, end, adjoint, state_adjoint, wanted, total, further):
+        "Pull the adjoint of the end of a stretch back to its beginning (only if there is something `further` back) or its step `first`; adds to `total`"
+        live = stretch.live  # the graph with which the steps were made, if they were
+        if live is None or first or self.checkpoint or not self.graph_mb or live.steps != len(stretch.steps) or live.second_order == self.first_order:
+            live = self._repeated(replay, stretch, first, wanted)
+        pairs = [(t, v) for t, v in zip(live.after, adjoint) if t.requires_grad]
+        for part, adjoints in zip(live.after_state, state_adjoint or ()):
             pairs += [(part[k], v) for k, v in adjoints.items() if v is not None and k in part and part[k].requires_grad]
-        leaves = [p for p in parameters if p.requires_grad]
-        numbers = [v for part in state for v in part.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-        live = [t for t in wanted if id(t) not in replay.placed]
-        others = inputs.made + [(t, t) for t in live]
-        grads = iter(self._grad(replay, pairs, [*leaves, *numbers, *(t for t, _ in others)]))
-        before = [next(grads) if p.requires_grad else None for p in parameters]
-        before = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, before)]
-        before_state = [{k: next(grads) for k, v in part.items() if isinstance(v, torch.Tensor) and v.requires_grad} for part in state]
+        leaves = [p for p in live.parameters if p.requires_grad and further]
+        numbers = [v for part in live.state for v in part.values() if isinstance(v, torch.Tensor) and v.requires_grad and further]
+        others = [(t, p) for t, p in live.inputs.made if id(p) in total] + [(t, t) for t in wanted if id(t) not in replay.placed]
+        grads = iter(self._grad(replay, pairs, [*leaves, *numbers, *(t for t, _ in others)], again=live is stretch.live))
+        before, before_state = [], []
+        if further:
+            before = [next(grads) if p.requires_grad else None for p in live.parameters]
+            before = [torch.zeros_like(p) if g is None else g for p, g in zip(live.parameters, before)]
+            before_state = [{k: next(grads) for k, v in part.items() if isinstance(v, torch.Tensor) and v.requires_grad} for part in live.state]
         for (_, parameter), g in zip(others, grads):
             _accumulate(total, parameter, g)
-        return before, before_state, _deviation(after, end)
+        return before, before_state, _deviation(live.after, end)
+
+    def _repeated(self, replay, stretch, first, wanted):
+        "The steps of a stretch from its step `first` on, made once more"
+        parameters, state = replay.leaves(stretch.start.parameters), replay.state_leaves(stretch.start.state)
+        if first:
+            parameters, state = replay.run(stretch, parameters, state, replay.inputs(()), last=first, graph=False)
+            parameters, state = replay.leaves(parameters), replay.state_leaves(state)
+        inputs = replay.inputs(wanted)
+        after, after_state = replay.run(stretch, parameters, state, inputs, first=first, graph=not self.first_order)
+        return _Repeated(parameters, state, inputs, after, after_state)
 
     @staticmethod
-    def _grad(replay, pairs, inputs):
+    def _grad(replay, pairs, inputs, again=False):
         outputs, vectors = zip(*pairs)
-        return derivative(outputs, inputs, vectors, replay.problem.loss_scale)
+        return derivative(outputs, inputs, vectors, replay.problem.loss_scale, retain_graph=again) if inputs else []
 
     def _beginning(self, replay, adjoint, wanted, total):
         "From the first parameters of the unroll to what they were copied or computed from"
@@ -177,7 +159,7 @@ class Unroll(_Through):
         for i, source in path.copied.items():
             if id(path.others.tensors[source]) in total:
                 _accumulate(total, path.others.tensors[source], adjoint[i])
-        inputs = _Inputs(replay, wanted)
+        inputs = replay.inputs(wanted)
         chosen = replay.initial_tensors(inputs)
         pairs = [(t, adjoint[i]) for i, t in chosen.items() if t.requires_grad]
         targets = inputs.made + [(t, t) for t in wanted if id(t) not in replay.placed]
@@ -221,15 +203,15 @@ class ForwardMode(_Through):
         tangents[id(moved)].view(-1)[i] = 1.0
         path = replay.path
         with forward_ad.dual_level():
-            seen = _Inputs(replay, wanted, tangents)
+            seen = replay.inputs(wanted, tangents)
             parameters, state = self._first(replay, seen)
             for stretch in path.stretches:
-                parameters = [_moved(p, t) for p, t in zip(_fresh(stretch.start.parameters, replay.own), parameters)]
-                state = [{k: _moved(v, old.get(k)) for k, v in part.items()} for part, old in zip(_fresh_state(stretch.start.state), state)]
+                parameters = [_moved(p, t) for p, t in zip(replay.leaves(stretch.start.parameters), parameters)]
+                state = [{k: _moved(v, old.get(k)) for k, v in part.items()} for part, old in zip(replay.state_leaves(stretch.start.state), state)]
                 for at in range(len(stretch.steps)):
                     parameters, state = replay.run(stretch, parameters, state, seen, first=at, last=at + 1, graph=False)
                     parameters = [_moved(t.detach().requires_grad_(p.requires_grad), t) for t, p in zip(parameters, replay.own)]
-                    state = [{k: _moved(v, part[k]) for k, v in new.items()} for new, part in zip(_fresh_state(state), state)]
+                    state = [{k: _moved(v, part[k]) for k, v in new.items()} for new, part in zip(replay.state_leaves(state), state)]
             pairs = [(forward_ad.unpack_dual(t).tangent, a) for t, a in zip(parameters, adjoint)]
             value = sum(((tangent * a).sum() for tangent, a in pairs if tangent is not None), torch.zeros_like(adjoint[0].view(-1)[0]))
             return value, _deviation([forward_ad.unpack_dual(t).primal for t in parameters], replay.own)

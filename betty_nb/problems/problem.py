@@ -413,7 +413,9 @@ class Problem:
         return scaler
 
     def _check_used(self, loss, parameters):
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+        self._refuse_unused(torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True))
+
+    def _refuse_unused(self, grads):
         unused = [name for (name, _), g in zip(self.named_trainable_parameters(), grads) if g is None]
         if unused:
             raise ValueError(f"The loss of {self.name!r} does not use its parameter {unused[0]!r}: use it, freeze it, or set Config(allow_unused=True).")
