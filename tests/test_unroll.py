@@ -1,7 +1,6 @@
 """Iterative differentiation, for what the notebooks do not show: every optimizer in a real program, time travel, mixtures of levels, faults."""
 
 import copy
-import statistics
 import time
 import weakref
 
@@ -533,15 +532,14 @@ def test_400_steps_in_a_quarter_of_the_memory():
 @pytest.mark.alone
 def test_400_steps_in_at_most_1_6_times_the_time():
     plain, checkpointed = weights_program(400, width=128)
-    ratios = []
-    for _ in range(3):
-        times = []
-        for run in (plain, checkpointed):
+    times = {plain: [], checkpointed: []}
+    for _ in range(4):
+        for run, taken in times.items():
             start = time.process_time()
             run()
-            times.append(time.process_time() - start)
-        ratios.append(times[1] / times[0])
-    assert statistics.median(ratios) <= 1.6, ratios
+            taken.append(time.process_time() - start)
+    ratio = min(times[checkpointed]) / min(times[plain])  # other work on the machine only ever adds to a time
+    assert ratio <= 1.6, times
 
 
 # Mixtures of levels

@@ -31,7 +31,8 @@ METHODS = ("darts", "sama", "neumann", "cg", "unroll")
 
 def method_of(name, work):
     "The method `name` with the options that the benchmarks use"
-    made = {"darts": Darts, "sama": Sama, "neumann": lambda: Neumann(iterations=5, alpha=work.alpha), "cg": lambda: CG(iterations=5, damping=work.damping), "unroll": Unroll}
+    made = {"darts": Darts, "sama": Sama, "neumann": lambda: Neumann(iterations=5, alpha=work.alpha), "cg": lambda: CG(iterations=5, damping=work.damping)}
+    made |= {"unroll": Unroll, "unroll, repeated": lambda: Unroll(graph_mb=0)}
     return made[name]()
 
 
@@ -55,7 +56,7 @@ class Program:
         names, problems = work.levels, []
         for level in names:
             below = level != names[0]
-            base = IterativeProblem if below and method == "unroll" else ImplicitProblem
+            base = IterativeProblem if below and method.startswith("unroll") else ImplicitProblem
             config = Config(type=method_of(method, work), unroll_steps=work.unroll, **options) if below else Config()
             problems.append(_level(work, level, config, base))
         u2l = {name: [names[-1]] for name in names[:-1]}

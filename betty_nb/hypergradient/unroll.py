@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from .method import Method, Solve, derivative, flatten, option, register
+from .method import Method, Solve, derivative, flatten, option, register, to_the_end
 
 # %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
 def _deviation(tensors, reference):
@@ -33,7 +33,6 @@ class _Through(Method):
         wanted = [t for tensors in level.wrt.values() for t in tensors]
         replay = level.problem.replaying()
         adjoint = self._along(vector, level.theta, replay.own)
-        replay.__enter__()
         try:  # not `with`: an interrupt that is due at its end would keep the context from closing
             found, deviations, steps = self._pulled(replay, adjoint, wanted)
         except RuntimeError as error:
@@ -41,17 +40,12 @@ class _Through(Method):
                 raise KeyboardInterrupt from error
             raise
         finally:
-            try:
-                replay.close()
-            except KeyboardInterrupt:
-                replay.close()
-                raise
+            to_the_end(replay.close)
         found = [None if g is None else g.detach() for g in found]
-        trouble = self._trouble(path, found, deviations)
-        if any(g is not None for g in found):
-            fine = torch.stack([torch.isfinite(g).all() for g in found if g is not None]).all()
-            found = [None if g is None else torch.where(fine, g, torch.zeros_like(g)) for g in found]
-        rest = iter(found)
+        finite = [torch.isfinite(g).all() for g in found if g is not None]
+        fine = torch.stack(finite).all() if len(finite) > 1 else finite[0] if finite else True
+        trouble = self._trouble(path, fine, deviations)
+        rest = iter([None if g is None else torch.where(fine, g, 0.0) for g in found])
         return {x: [next(rest) for _ in tensors] for x, tensors in level.wrt.items()}, Solve(iterations=steps, trouble=trouble)
 
     @staticmethod
@@ -60,19 +54,17 @@ class _Through(Method):
         pieces = {id(t): v.view_as(t) for t, v in zip(theta, vector.split([t.numel() for t in theta]))}
         return [pieces.get(id(p), torch.zeros_like(p)) for p in own]
 
-    def _trouble(self, path, found, deviations):
-        off = torch.stack(deviations)
-        limit = 10 * torch.finfo(off.dtype).eps ** 0.5
+    def _trouble(self, path, fine, deviations):
+        moved = [~(off <= 10 * torch.finfo(off.dtype).eps ** 0.5) for off in deviations if off is not None]
         elsewhere = (
             "The repeated steps do not end where the steps themselves did: the level uses something besides its batch, its module, the other levels and the "
             "global random generators (a parameter reached by a reference of its own, a generator or counter of its own), or was changed by hand."
         )
         wild = "The derivative is not finite: the unroll is unstable; lower the learning rate, make fewer steps, or truncate."
         lost = "The first steps of this unroll were not kept, since the method was a truncated one then; from the next unroll on they will be."
-        bad = [~torch.isfinite(g).all() for g in found if g is not None]
         return {
-            "not reproduced": (~(off <= limit).all(), elsewhere),
-            "non-finite": (torch.stack(bad).any() if bad else False, wild),
+            "not reproduced": (torch.stack(moved).any() if moved else False, elsewhere),
+            "non-finite": (~fine if isinstance(fine, torch.Tensor) else False, wild),
             "incomplete": (bool(path.dropped) and not getattr(self, "truncate", 0), lost),
         }
 
@@ -136,10 +128,11 @@ class Unroll(_Through):
             before_state = [{k: next(grads) for k, v in part.items() if isinstance(v, torch.Tensor) and v.requires_grad} for part in live.state]
         for (_, parameter), g in zip(others, grads):
             _accumulate(total, parameter, g)
-        return before, before_state, _deviation(live.after, end)
+        return before, before_state, None if live is stretch.live and end is replay.own and live.agrees() else _deviation(live.after, end)
 
     def _repeated(self, replay, stretch, first, wanted):
         "The steps of a stretch from its step `first` on, made once more"
+        replay.open()
         parameters, state = replay.leaves(stretch.start.parameters), replay.state_leaves(stretch.start.state)
         if first:
             parameters, state = replay.run(stretch, parameters, state, replay.inputs(()), last=first, graph=False)
@@ -159,6 +152,9 @@ class Unroll(_Through):
         for i, source in path.copied.items():
             if id(path.others.tensors[source]) in total:
                 _accumulate(total, path.others.tensors[source], adjoint[i])
+        if not replay.chosen_beginning:
+            return
+        replay.open()
         inputs = replay.inputs(wanted)
         chosen = replay.initial_tensors(inputs)
         pairs = [(t, adjoint[i]) for i, t in chosen.items() if t.requires_grad]
@@ -188,6 +184,7 @@ class ForwardMode(_Through):
         if any(id(t) not in replay.placed for t in wanted):
             raise ValueError("forward_mode differentiates with respect to parameters of modules only: put the hyperparameter into a module, or use unroll.")
         found, deviations = [], []
+        replay.open()
         for t in wanted:
             values = []
             for i in range(t.numel()):

@@ -15,7 +15,7 @@ import torch
 from ..hypergradient.unroll import Unroll
 from ..optim import options_of, parameters_of, refusal
 from .live import Live, bytes_of_step, can_live
-from .path import Copies, Draws, Kept, Pass, Path, Replay, Start, Step, Stretch
+from .path import Copies, Draws, Kept, Pass, Path, Replay, Start, Step, Stretch, own_hook, plain_update
 from .problem import Problem
 
 # %% ../../nbs/core/28_iterative.ipynb #6bda0ed3
@@ -155,8 +155,8 @@ class IterativeProblem(Problem):
             stretch.live = Live(self, stretch, second_order)
             if stretch.steps or self._path.passes:
                 stretch.live.catch_up(self._path)
-        if stretch.held and not (can_live(self) and stretch.live.agrees()):
-            stretch.held, stretch.live = False, None
+        if stretch.held and not stretch.live.agrees():
+            stretch.end_graph()
         return stretch.live
 
     def gradient(self, loss):
@@ -179,29 +179,32 @@ class IterativeProblem(Problem):
         self._path.add_pass(Pass(*self._pass, given=grads))
 
     def update(self):
-        self._learn_options()
-        options = [] if self.optimizer is None else options_of(self.optimizer)
-        before = self._draws.before()
-        truncate = getattr(self.config.type, "truncate", 0)
+        if own_hook(self, "optimizer_options"):
+            self._learn_options()
+        self._options = [] if self.optimizer is None else options_of(self.optimizer)
+        before = None if plain_update(self) else self._draws.before()
         try:
             moved = super().update()
         except BaseException:
             if self.descended:
-                self._path.add_step(options, self._draws.used(before), truncate)
+                self._add_step(before)
             raise
         if moved:
-            self._path.add_step(options, self._draws.used(before), truncate)
+            self._add_step(before)
         else:  # float16 overflowed: no step was made
             self._path.passes = ()
         return moved
 
+    def _add_step(self, before):
+        self._path.add_step(self._options, before and self._draws.used(before), getattr(self.config.type, "truncate", 0))
+
     def _descend(self):
-        live = self._path.stretches[-1].live
-        if live is None:
-            return super()._descend()
-        live.update()
-        self.optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
-        return True
+        stretch = self._path.stretches[-1]
+        if stretch.live is not None and stretch.live.update(self._options):
+            self.optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
+            return True
+        stretch.end_graph()
+        return super()._descend()
 
     def _learn_options(self):
         with torch.no_grad():
@@ -215,7 +218,7 @@ class IterativeProblem(Problem):
     def gradient_aside(self):
         passes = self._path.passes if self._path is not None else ()
         if passes:  # part of an update: its graph goes on from somewhere else then
-            self._path.stretches[-1].held, self._path.stretches[-1].live = False, None
+            self._path.stretches[-1].end_graph()
         if self._path is not None:
             self._path.passes = ()
         with super().gradient_aside():

@@ -10,8 +10,8 @@ from contextlib import nullcontext
 
 import torch
 
-from ..hypergradient.method import derivative, twice_differentiable, undisturbed
-from ..optim import by_formula, formula_of, options_of, reading
+from ..hypergradient.method import derivative, to_the_end, twice_differentiable, undisturbed
+from ..optim import by_formula, formula_of, reading
 from .path import Replay, plain_update
 
 # %% ../../nbs/core/27_live.ipynb #9d58457f
@@ -25,7 +25,7 @@ class Live:
         self.parameters = self.places.leaves(stretch.start.parameters)
         self.state = self.places.state_leaves(stretch.start.state)
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
-        self._versions = [p._version for p in self.places.own]
+        self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
         self.forget()
 
     def forget(self):
@@ -43,11 +43,7 @@ class Live:
             with self._kernels():
                 return compute()
         finally:
-            try:
-                self._put_back(optimizer, buffers)
-            except KeyboardInterrupt:
-                self._put_back(optimizer, buffers)
-                raise
+            to_the_end(lambda: self._put_back(optimizer, buffers))
 
     def _kernels(self):
         return twice_differentiable() if self.second_order else nullcontext()
@@ -73,15 +69,17 @@ class Live:
         self.passes += 1
         return found
 
-    def update(self):
-        "Make the step with the gradient gathered, and give the parameters and the optimizer its values"
+    def update(self, options):
+        "Make the step with the gradient gathered, and give the parameters and the optimizer its values; False where only the optimizer's own code can make it"
         optimizer = self.problem.optimizer
-        options = options_of(optimizer)
-        formula = formula_of(optimizer, options, self.after)
+        formula = formula_of(optimizer, options, self.after) if plain_update(self.problem) else None
+        if formula is None:
+            return False
         self.after, self.after_state = by_formula(formula, optimizer, self.after, self.gradients, self.after_state, options)
         self.steps += 1
         self.forget()
         self._copy()
+        return True
 
     def _copy(self):
         pairs = [(p, t.detach()) for p, t in zip(self.places.own, self.after)]
@@ -109,9 +107,11 @@ class Live:
 
     def agrees(self):
         "Whether the parameters are still those that the steps have led to: nobody has changed them by hand"
-        if self.places.own[0].device.type == "cpu":
-            return all(torch.equal(p, t) for p, t in zip(self.places.own, self.after))
-        return self._versions == [p._version for p in self.places.own]  # a GPU would have to be waited for
+        claims = self.problem.engine.claims
+        if claims == self._claims and self.problem.engine.running:  # within a run torch's count of changes is enough
+            return self._versions == [p._version for p in self.places.own]
+        self._claims = claims
+        return all(torch.equal(p, t) for p, t in zip(self.places.own, self.after))
 
 # %% ../../nbs/core/27_live.ipynb #bcc476da
 def can_live(problem):
