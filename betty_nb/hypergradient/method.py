@@ -308,6 +308,7 @@ class Solve:
     tolerance: float = 1e-4  # residual up to which the solve counts as converged
     standard_error: object = None  # of the pulled-back vector, a 0-d tensor: root of the summed variances; None where nothing is sampled
     shift: object = None  # (n,) by which the level's parameters are moved after a training hypergradient; None, the rule, for not at all
+    start: object = None  # a tensor from which the next solve begins, for methods with a warm start; None for `vector`
 
     def __post_init__(self):
         if callable(self.residuals):
