@@ -92,7 +92,7 @@ class CG(LinearSolve):
         going = torch.isfinite(rr)
         kept = Orthogonal(vector, self.iterations, 0 if precondition else self.memory)  # preconditioned residuals are not orthogonal
         squares, curvatures, made = [rr], [], []  # |r|^2, p H p, and whether the step was made
-        pairs = []  # (p, H p) of the last steps
+        pairs, helps = [], None  # (p, H p) of the last steps; whether the preconditioner does any good
         for _ in range(self.iterations):
             if precondition and self.tolerance and bool(rr <= self.tolerance**2 * vv):
                 break
@@ -106,8 +106,13 @@ class CG(LinearSolve):
             kept.add(r)
             r = kept.clean(torch.addcmul(r, step, hp, value=-1))
             before, rr = rz, r @ r
-            z = r if precondition is None else precondition(r)
-            rz = rr if precondition is None else r @ z
+            if precondition is None:
+                z, rz = r, rr
+            else:
+                helps = rr <= squares[0] if helps is None else helps  # where the first step makes the residual longer, H is another one now
+                z = torch.where(helps, precondition(r), r)
+                rz = r @ z
+                before = before if made else torch.where(helps, before, torch.inf)  # or begin anew, without
             p = torch.addcmul(z, rz / before, p)
             squares.append(rr), curvatures.append(curvature), made.append(going)
             if self.tolerance and bool(~going | (rr <= self.tolerance**2 * vv)):
