@@ -608,6 +608,47 @@ def test_recurrent_and_tied_parameters():
     assert error(reverse, difference) < 1e-6
 
 
+def test_attention_has_second_derivatives_in_steps_made_with_their_graph():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix, self.out = torch.nn.Linear(1, 4), torch.nn.MultiheadAttention(4, 2, batch_first=True), torch.nn.Linear(4, 1)
+
+        def forward(self, x):
+            tokens = self.embed(x[:, :, None])
+            return self.out(self.mix(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    engine = at_hypergradient(program(torch.full((8,), -2.0, dtype=DOUBLE), net=Net().double()))
+    assert engine.inner.path.stretches[-1].live is not None
+    made_and_repeated(engine)
+
+
+def test_a_graph_that_takes_too_much_is_not_kept():
+    engine = at_hypergradient(program(config=Config(unroll_steps=2000)))
+    size = engine.inner.path.stretches[0]
+    assert size.live is not None and size.length == engine.inner.longest
+    wide = torch.nn.Sequential(torch.nn.Linear(4, 2000), torch.nn.Tanh(), torch.nn.Linear(2000, 1)).double()  # 0.4 MB of parameters and state a step
+    engine = program(net=wide, config=Config(unroll_steps=2000))
+    engine.advance(), engine.advance()
+    assert engine.inner.path.stretches[0].live is None and engine.inner.path.stretches[0].length == 44
+
+
+def test_a_change_by_hand_or_of_the_options_ends_the_graph():
+    engine = program(make=torch.optim.Adam)
+    engine.run(3)
+    with torch.no_grad():
+        engine.inner.module[0].weight.mul_(2)
+    engine.run(1)
+    assert engine.inner.path.stretches[-1].live is None
+    engine = program(make=torch.optim.Adam)
+    engine.run(3)
+    engine.inner.config.gradient_clipping = 1e-3  # which no formula knows
+    engine.run(1)
+    assert engine.inner.path.stretches[-1].live is None
+    assert probed(at_hypergradient(engine))[1].iterations == 10
+
+
 def test_hooks_written_for_no_grad_are_differentiated():
     class Hooked(Inner):
         def grad_callback(self):
