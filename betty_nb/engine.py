@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Action', 'edges_of', 'Engine']
 
-# %% ../nbs/core/40_engine.ipynb #a4228ae6
+# %% ../nbs/core/40_engine.ipynb #5e3a6779
+import copy
 import dataclasses
 import threading
 import warnings
@@ -76,6 +77,7 @@ class Engine:
         self.problems = problems
         self.global_step = 0  # the iteration in progress or done last, counted from 1
         self.stop_requested = False
+        self.claims = 0  # how many runs and steps have begun; between two of them somebody may change the program by hand
         self.logger, self._logger_asked, self._started = None, None, None
         self.watchers = []  # objects with before(action) and after(action), for debuggers
         self.nested = 0  # how many actions the present one is a part of
@@ -354,10 +356,12 @@ class Engine:
             raise
 
     def _add_gradient(self, p):
+        p.stepped, receives = False, bool(self.graph.receivers(p.name))
+        if p.config.compile and p.compiled.step(receives, self.config.nonfinite != "raise", lambda: self._refuse_nonfinite(p)):
+            return
         loss = p.training_loss()
-        if self.config.nonfinite == "raise" and not torch.isfinite(p.last_loss):
-            raise FloatingPointError(f"The loss of {p.name!r} is {p.last_loss.item()} at its step {p.steps + 1}: lower the learning rate, or look for a division by zero in its training_step.")
-        if self.graph.receivers(p.name):
+        self._refuse_nonfinite(p)
+        if receives:
             result = hypergradient(self.graph, self._levels, p.name, loss=loss)
             p.add_gradient(result.total)
             if self._logs(p, p.count + 1):
@@ -366,6 +370,10 @@ class Engine:
                 self._levels[j].settle(p.name, passage)
         else:
             p.gradient(loss)
+
+    def _refuse_nonfinite(self, p):
+        if self.config.nonfinite == "raise" and not torch.isfinite(p.last_loss):
+            raise FloatingPointError(f"The loss of {p.name!r} is {p.last_loss.item()} at its step {p.steps + 1}: lower the learning rate, or look for a division by zero in its training_step.")
 
     def _call_upper(self, p):
         "The actions of the levels above `p`, where its unroll is complete and all their other lower levels are ready too"
@@ -435,6 +443,7 @@ class Engine:
             raise RuntimeError("Another engine has been built of these problems since: use that one, or build this one again.")
         if not self._claimed.acquire(blocking=False):
             raise RuntimeError("The program is running already: pause it first, or wait until the run is over.")
+        self.claims += 1
         self.stop_requested = False
 
     def release(self):
@@ -577,7 +586,7 @@ class Engine:
         "`take` (the Hypergradient by default) at the present parameters and batches, leaving no trace: neither in buffers nor in generators nor in the data"
         name = self.level(level).name
         with self._lock, undisturbed([p.module for p in self.problems]):
-            batches = {k: p.batch for k, p in self._levels.items()}
+            batches, env = {k: p.batch for k, p in self._levels.items()}, copy.deepcopy(self.env.state_dict()) if self.env is not None else None
             try:
                 for p in self.problems:
                     p.batch = p.peek()
@@ -585,6 +594,8 @@ class Engine:
             finally:
                 for k, p in self._levels.items():
                     p.batch = batches[k]
+                if env:  # a loss may act on it
+                    self.env.load_state_dict(env)
 
     # Logging
 

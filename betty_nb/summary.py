@@ -60,6 +60,7 @@ def summary(engine):
         paths += found[:MOST_PATHS]
         if len(found) > MOST_PATHS:
             paths.append((p.name, f"… {len(found) - MOST_PATHS} more …", p.name))
+    compiled = [f"; {p.name} {p.compiled}" for p in engine.problems if p.config.compile]
     iterations = engine.config.train_iters
-    title = f"{len(rows)} level{'s'[: len(rows) > 1]} on {engine.device}, {iterations:,} iterations, {engine.completed:,} done"
+    title = f"{len(rows)} level{'s'[: len(rows) > 1]} on {engine.device}, {iterations:,} iterations, {engine.completed:,} done{''.join(compiled)}"
     return Summary(title, tuple(rows), tuple(paths))

@@ -146,6 +146,7 @@ class Problem:
         self.children, self.parents, self.paths = [], [], []  # levels below and above along l2u; paths of the hypergradient
         self.leaf = False
         self._siblings, self._scaler, self._callback_takes_parameters = {}, None, False
+        self._compiled = None
         self.reset()
 
     def reset(self):
@@ -157,7 +158,8 @@ class Problem:
         self.batch = None  # the batch drawn last
         self.last_loss, self.metrics = None, {}  # of the last training step, detached
         self.descended = False  # whether the descent in progress has moved the parameters already
-        self.solutions = {}  # {(upper level, method): vector (n,)} that the last training hypergradient found here, for warm starts
+        self.stepped = False  # whether compiled code has moved them, and an update has nothing left to move
+        self.solutions = {}  # {(upper level, method): tensor} that the last training hypergradient left here, for warm starts
         self._sources = None
         self.trial = None  # with EngineConfig(roll_back=True): the Trial of the present unroll, None where none is open
         self.grad_scale, self._scaler = 1.0, None  # grad_scale: by how much what is gathered in `.grad` is enlarged (float16)
@@ -363,6 +365,17 @@ class Problem:
                 "float16: call .float() on the module, or leave precision at 'fp32' for a module that is in half precision throughout."
             )
 
+    @property
+    def compiled(self):
+        "What Config(compile=True) has compiled, None without"
+        if not self.config.compile:
+            return None
+        if self._compiled is None:
+            from betty_nb.problems.compiled import Compiled  # needs this module
+
+            self._compiled = Compiled(self)
+        return self._compiled
+
     def evaluate(self, batch):
         "The pair (loss on `batch`, a scalar tensor with its graph; the other entries of its dictionary), computed in the level's precision"
         with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
@@ -405,6 +418,8 @@ class Problem:
 
     def _gathering(self):
         "The scaler (None without one) for what is gathered in `.grad` now; what was gathered at another scale is converted"
+        if self.grad_scale == 1.0 and self.config.precision != "fp16":
+            return None
         scale, scaler = self.loss_scale, self.scaler
         if scale != self.grad_scale:
             for p in self.trainable_parameters():
@@ -444,7 +459,8 @@ class Problem:
     def settle(self, upper, passage):
         "Keep what a training hypergradient of the level `upper` leaves behind here: the solution for a warm start, and a shift"
         if passage.method.warm_start:
-            self.solutions = {**self.solutions, (upper, passage.method.name): passage.solve.vector.detach()}
+            found = passage.solve.vector if passage.solve.start is None else passage.solve.start
+            self.solutions = {**self.solutions, (upper, passage.method.name): found.detach()}
         if passage.solve.shift is not None:
             parameters = self.meta_trainable_parameters()
             with torch.no_grad():
@@ -453,7 +469,8 @@ class Problem:
 
     def update(self):
         "Move the parameters with the gradient gathered in `.grad`, then forget it; False where it overflowed in float16 and nothing was moved"
-        moved = self._descend()
+        moved = self.stepped or self._descend()
+        self.stepped = False
         self.descended = True  # should one of the hooks below fail, the step counts as made
         self.zero_grad()
         if moved:
@@ -465,8 +482,11 @@ class Problem:
         "Use the gradient, the part of an update that float16 can skip; whether it was used"
         scaler = self._gathering()
         self._share_gradient()
+        if scaler is None:
+            self.use_gradient()
+            return True
         use = Unscaled(self)
-        if scaler is None or not use.found:
+        if not use.found:
             use.step()
         else:
             scaler.set_growth_factor(self.config.scale_factor)
@@ -474,6 +494,13 @@ class Problem:
             scaler.step(use)
             scaler.update()
         return use.done
+
+    def use_gradient(self):
+        "Move the parameters with the gradient in `.grad`, which has its own size"
+        self.grad_scale = 1.0
+        self.grad_callback()
+        self.clip_grad()
+        self.custom_optimizer_step()
 
     def _share_gradient(self):
         if self.processes.count > 1:
@@ -591,7 +618,8 @@ class Problem:
 
     def __repr__(self):
         shown = f"{sum(p.numel() for p in self.trainable_parameters())} parameters" if self.module is not None or self.optimizer else "no module"
-        return f"{type(self).__name__}({self.name!r}, {shown}, method={self.method})"
+        compiled = f", {self.compiled}" if self.config.compile else ""
+        return f"{type(self).__name__}({self.name!r}, {shown}, method={self.method}{compiled})"
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -610,10 +638,7 @@ class Unscaled:
         return any(p.grad is not None for p in self.param_groups[0]["params"])
 
     def step(self):
-        self.problem.grad_scale = 1.0
-        self.problem.grad_callback()
-        self.problem.clip_grad()
-        self.problem.custom_optimizer_step()
+        self.problem.use_gradient()
         self.done = True
 
 

@@ -1,0 +1,337 @@
+"Config(compile=True): the same numbers as without, and where that can't be had, a sentence and the usual way."
+
+import logging
+import statistics
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from betty_nb import Config, Debugger, Engine, EngineConfig, ImplicitProblem, IterativeProblem
+from betty_nb.benchmarks.by_hand import by_hand
+from betty_nb.benchmarks.measure import Program, interleaved
+from betty_nb.benchmarks.workloads import workload
+from betty_nb.hypergradient.method import Linearization, undisturbed
+from betty_nb.problems.compiled import CompileWarning
+from tests.programs import BOTH, Vector, bits, noisy_program, pair, ridge_program
+from tests.repo import ROOT, child_env
+
+
+def missing():
+    "Why nothing can be compiled here, or an empty string"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:
+        return f"no C++ compiler: {error}"
+    return ""
+
+
+compiler = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trace = logging.getLogger("torch.__trace")  # pytest would have torch write down all it does
+    trace.propagate = False
+    yield
+    trace.propagate = True
+    torch.set_num_threads(threads)
+
+
+def fit(self, batch):
+    x, y = batch
+    return F.mse_loss(self.module(x), y)
+
+
+def program(step=fit, net=lambda: nn.Linear(4, 1), optimizer=None, sizes=(8,), dtype=torch.float32, scheduler=None, base=ImplicitProblem, **config):
+    "One level that is trained on random numbers"
+    torch.manual_seed(0)
+    module = net().to(dtype)
+    optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.05)))(module.parameters())
+    batches = [(torch.randn(m, 4, dtype=dtype), torch.randn(m, 1, dtype=dtype)) for m in sizes]
+    cls = type("Inner", (base,), {"training_step": step})
+    inner = cls("inner", Config(**config), module, optimizer, scheduler and scheduler(optimizer), batches)
+    torch.manual_seed(1)
+    return Engine([inner], EngineConfig(train_iters=10_000, strategy="cpu"))
+
+
+def values(engine):
+    "Parameters, buffers and the optimizer's state, as one vector"
+    inner = engine.inner
+    tensors = [*inner.module.parameters(), *inner.module.buffers()]
+    tensors += [t for state in inner.optimizer.state.values() for t in state.values() if t is not None]
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors])
+
+
+def apart(a, b):
+    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)).item()
+
+
+def compare(steps=10, meanwhile=lambda engine, i: None, **options):
+    "The relative difference between a run with compiled code and one without, and the engine of the former"
+    found = []
+    for on in (False, True):
+        engine = program(compile=on, **options)
+        for i in range(steps):
+            meanwhile(engine, i)
+            engine.run(1)
+        found.append(values(engine))
+    return apart(*found), engine
+
+
+def variants(engine):
+    return {name: p.variants for name, p in engine.inner.compiled.programs.items()}
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True, dampening=0),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.01, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+}
+
+
+@compiler
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_and_schedulers(name):
+    def halve(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the scheduler's that its optimizer made no step
+        off, engine = compare(12, optimizer=OPTIMIZERS[name], dtype=torch.float64, scheduler=halve)
+    assert off < 1e-10, off
+    assert variants(engine) == {"step": 1}, "another learning rate is not another program"
+
+
+@compiler
+def test_batches_of_any_size_and_counters_share_a_program():
+    def step(self, batch):
+        x, y = batch
+        return {"loss": F.mse_loss(self.module(x), y) * (1 + self.count / 10), "examples": len(x), "count": self.count}
+
+    off, engine = compare(9, step=step, sizes=(8, 5, 3))
+    assert off < 1e-5, off
+    assert (engine.inner.metrics["examples"], engine.inner.metrics["count"]) == (3, 8)
+    assert variants(engine) == {"step": 2}, "one for the first size, one for all others"
+
+
+@compiler
+def test_modes_and_dropout():
+    "Dropout draws the numbers of the usual way"
+
+    def meanwhile(engine, i):
+        engine.inner.module.train(i < 5)
+
+    off, engine = compare(7, meanwhile, net=lambda: nn.Sequential(nn.Linear(4, 40), nn.Dropout(0.3), nn.Linear(40, 1), nn.Dropout(0.5)))
+    assert off < 1e-5, off
+    assert variants(engine) == {"step": 2}, "one for training, one for evaluation"
+
+
+@compiler
+def test_live_program():
+    "Off and on again, another module, a hook, another training_step, a learning rate set by hand: at the next action, without leftovers"
+
+    def meanwhile(engine, i):
+        inner = engine.inner
+        if i == 3 and inner.config.compile:
+            inner.config.compile = False
+            meanwhile.on = True
+        if i == 5 and meanwhile.on:
+            assert inner.compiled is None
+            inner.config.compile = True
+            assert "compiled in" in str(inner.compiled)
+        if i == 6:
+            inner.optimizer.param_groups[0]["lr"] = 0.01
+        if i == 8:
+            torch.manual_seed(3)
+            inner.set_module(nn.Linear(4, 1))
+            inner.set_optimizer(torch.optim.SGD(inner.module.parameters(), lr=0.02))
+            assert meanwhile.seen is None or variants(engine) == {"step": 1}
+        if i == 10:
+            inner.module.register_forward_hook(lambda module, args, result: 2 * result)
+        if i == 12:
+            type(inner).training_step = lambda self, batch: 3 * fit(self, batch)
+
+    meanwhile.on, meanwhile.seen = False, None
+    off, engine = compare(14, meanwhile)
+    assert off < 1e-5, off
+    assert engine.inner.compiled.steps > 0
+
+
+@compiler
+def test_accumulation_clipping_and_hooks():
+    "The gradient is compiled, the update is the usual one"
+    norms = []
+
+    class Clipped(ImplicitProblem):
+        def grad_callback(self):
+            norms.append(self.module.weight.grad.norm().item())
+
+    off, engine = compare(12, base=Clipped, sizes=(8, 8), gradient_accumulation=2, gradient_clipping=0.1, optimizer=OPTIMIZERS["Adam"])
+    assert off < 1e-5, off
+    assert variants(engine) == {"gradient": 1}
+    assert len(norms) == 12 and min(norms) > 0.1
+
+
+@compiler
+def test_a_step_that_cannot_be_traced_is_named_and_goes_on(capsys):
+    def step(self, batch):
+        print("step", self.count)  # the line that is named
+        return fit(self, batch)
+
+    with pytest.warns(CompileWarning) as caught:
+        off, engine = compare(4, step=step)
+    assert off == 0
+    (sentence,) = [str(w.message) for w in caught if issubclass(w.category, CompileWarning)]
+    assert f"{__file__}:{step.__code__.co_firstlineno + 1}" in sentence and "the line that is named" in sentence, sentence
+    assert "'inner'" in sentence and "\n" not in sentence
+    assert capsys.readouterr().out.count("step 3") == 2
+    assert "not compiled" in repr(engine)
+
+
+@compiler
+def test_debugger_goes_back_and_forth_bit_for_bit():
+    def ready(compile):
+        engine = noisy_program("darts")  # dropout, BatchNorm, Adam, a scheduler, shuffled data
+        engine.inner.config.compile, engine.inner.config.gradient_clipping = compile, 0.0
+        return engine, Debugger(engine)
+
+    engine, debugger = ready(True)
+    debugger.step(2)
+    start = bits(engine)
+    debugger.step(17)
+    usual, other = ready(False)
+    other.step(19)
+    assert apart(values(usual), values(engine)) < 1e-3  # the steps, buffers and mask of BatchNorm and dropout included
+    assert usual.inner.module[1].num_batches_tracked == engine.inner.module[1].num_batches_tracked
+    assert variants(engine) == {"step": 1, "upper": 1}
+    end = bits(engine)
+    debugger.back(17)
+    assert all(map(torch.equal, start, bits(engine)))
+    debugger.step(17)
+    assert all(map(torch.equal, end, bits(engine)))
+
+
+class Counting(nn.Module):
+    "Its output depends on how often it was called, and on random numbers"
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(F.dropout(x, 0.3)).tanh() * self.calls
+
+
+@compiler
+def test_products_of_one_point_see_one_mask_and_leave_one_evaluation_behind():
+    def step(self, batch):
+        return fit(self, batch) + (self.outer() * self.module.linear.weight.square()).sum()
+
+    def upper(self, batch):
+        return fit(self.inner, batch)
+
+    inner = program(step, Counting, type="cg", cg_iterations=3).inner
+    inner.config = Config(type="cg", cg_iterations=3)
+    module = Vector(1, 1.0)
+    outer = type("Outer", (ImplicitProblem,), {"training_step": upper})("outer", None, module, torch.optim.SGD(module.parameters(), lr=0.1))
+    outer.train_data_loader = inner.train_data_loader
+    engine = Engine([outer, inner], EngineConfig(strategy="cpu"), BOTH)
+    engine.run(2)
+    found = []
+    for on in (False, True, True):
+        inner.config.compile = on
+        torch.manual_seed(7)
+        before, calls = torch.get_rng_state(), inner.module.calls.item()
+        found.append(torch.cat([t.reshape(-1) for t in engine.probe("outer").indirect]))
+        assert torch.equal(before, torch.get_rng_state()) and inner.module.calls.item() == calls
+        local = Linearization(inner.loss, inner.trainable_parameters(), {}, "inner", inner, modules=[inner.module])
+        with undisturbed([inner.module]):
+            for _ in range(3):
+                local.hvp(torch.ones(5))
+            assert inner.module.calls.item() == calls + 1
+    assert variants(engine) == {"Hessian": 1, "mixed": 1}
+    assert apart(found[0], found[1]) < 1e-5, apart(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+
+
+@compiler
+@pytest.mark.parametrize("method", ["cg", "neumann", "darts"])
+def test_hypergradients(method):
+    found, options = [], {"cg": {"cg_iterations": 20}, "neumann": {"neumann_iterations": 5, "neumann_alpha": 0.3}}.get(method, {})
+    for on in (False, True):
+        engine, formula = ridge_program(method, compile=on, **options)
+        found.append(engine.probe("outer"))
+    a, b = (torch.cat(f.total) for f in found)
+    assert apart(a, b) < (1e-5 if method == "darts" else 1e-10), apart(a, b)
+    assert found[0].passages["inner"].hvps == found[1].passages["inner"].hvps
+    expected = {"upper": 1} if method == "darts" else {"Hessian": 1, "mixed": 1}
+    assert variants(engine) == expected
+    if method == "cg":
+        assert apart(formula, b) < 1e-6
+
+
+def test_what_is_not_compiled_is_said():
+    "No compiler is needed to say so"
+    with pytest.warns(CompileWarning, match="'inner' goes on without compiled code.*the steps of its unroll"):
+        program(base=IterativeProblem, type="unroll", compile=True).run(3)
+    with pytest.warns(CompileWarning, match="'outer' goes on without compiled code.*take a hypergradient"):
+        pair(outer=Config(compile=True)).run(2)
+    with pytest.warns(CompileWarning, match="precision='fp16'"):
+        program(compile=True, precision="fp16").run(3)
+
+
+def test_without_a_compiler():
+    import torch._inductor.config as inductor
+
+    def step(self, batch):  # nothing that was compiled before
+        return fit(self, batch) + 0.12345 * self.module.weight.cos().sum()
+
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.warns(CompileWarning, match="torch finds no compiler here: install"):
+        off, _ = compare(4, step=step)
+    assert off == 0
+
+
+def test_nothing_is_loaded_until_it_is_asked_for():
+    code = "import sys, betty_nb.engine; print('torch._dynamo' in sys.modules, 'betty_nb.problems.compiled' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child_env(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+@compiler
+@pytest.mark.alone
+def test_a_small_level_takes_half_the_time_of_the_loop_by_hand():
+    class Hand:
+        def __init__(self, work):
+            self.loop = by_hand(work, "darts")
+
+        def run(self, n):
+            loop, work = self.loop, self.loop.work
+            optimizer, batch = loop.optimizers["inner"], work.batches["inner"][0]
+            for _ in range(n):
+                optimizer.zero_grad()
+                work.losses["inner"](work.modules, batch).backward(inputs=loop.theta)
+                optimizer.step()
+
+    class Ours:
+        def __init__(self, work):
+            self.engine = Program(work, "darts", compile=True).engine
+
+        def run(self, n):
+            for _ in range(n):
+                self.engine.by_hand("inner")
+
+    sides = {"by hand": Hand(workload("logistic")), "compiled": Ours(workload("logistic"))}
+    ratios = [interleaved(sides, rounds=5, seconds=0.03)["compiled"].processor for _ in range(3)]
+    print(f"compiled: {min(ratios):.2f} of the loop by hand, {sides['compiled'].engine.inner.compiled}")
+    assert min(ratios) < 0.6 and statistics.median(ratios) < 0.8, ratios
