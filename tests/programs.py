@@ -137,3 +137,32 @@ def same(a, b):
 
 def bytes_of(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+class Link(ImplicitProblem):
+    "A level of `chain`: its loss uses the level above it and the one below it"
+
+    def training_step(self, batch):
+        own = self.module()
+        loss = 0.5 * (self.curve * own.square()).sum() + 0.05 * own.square().square().sum() + 0.1 * own.sum().square() / len(own)
+        if self.up:
+            loss = loss - (own * torch.tanh(getattr(self, self.up)())).sum()
+        if self.down:
+            below = getattr(self, self.down)()
+            loss = loss + 0.3 * (own - below).square().sum()
+        return loss
+
+
+def chain(levels=8, n=32, method="cg", dtype=torch.float32):
+    "A chain of levels `level0` (the uppermost), `level1`, ...; each acts on the one below it, and its loss sees that one's optimum"
+    names = [f"level{i}" for i in range(levels)]
+    problems = []
+    for i, name in enumerate(names):
+        module = Vector(n, 0.1 * (i + 1)).to(dtype)
+        p = Link(name, Config(type=method) if i else None, module, torch.optim.SGD(module.parameters(), lr=0.05), train_data_loader=[0])
+        p.curve = torch.linspace(0.5, 2.0, n, dtype=dtype)
+        p.up, p.down = names[i - 1] if i else "", names[i + 1] if i + 1 < levels else ""
+        problems.append(p)
+    pairs = list(zip(names, names[1:]))
+    dependencies = {"u2l": {a: [b] for a, b in pairs}, "l2u": {b: [a] for a, b in pairs}}
+    return Engine(problems, EngineConfig(train_iters=1000, strategy="cpu"), dependencies)

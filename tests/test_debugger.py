@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from betty_nb import Config, Debugger, Engine, EngineConfig, ImplicitProblem, IterativeProblem
+from betty_nb import Config, Debugger, Engine, EngineConfig, Env, ImplicitProblem, IterativeProblem
 from betty_nb.app.demo import breast_cancer_program
 from tests.programs import BOTH, Level, Vector, bits, level, noisy_program, pair, ridge_program, same
 
@@ -353,6 +353,89 @@ def test_the_budget_is_kept_over_10_000_steps_and_every_old_moment_is_exact(meth
     debugger.goto(debugger.timeline.oldest)
     debugger.goto(max(reachable))
     assert same(bits(engine), reachable[max(reachable)]) and debugger.timeline.nbytes <= budget * 2**20
+
+
+def acting(steps_per_unroll=3):
+    "A program that acts on an environment: a lower level that tracks where a walker is, which its training steps move"
+
+    class Walker(Env):
+        def __init__(self):
+            super().__init__()
+            self.place, self.walked = torch.zeros(3), 0
+
+        def reset(self):
+            self.place = torch.zeros(3)
+
+        def step(self, push):
+            self.place, self.walked = 0.9 * self.place + push.detach() + 0.1 * torch.randn(3), self.walked + 1
+            return self.place
+
+        def state_dict(self):
+            return {"place": self.place, "walked": self.walked}
+
+        def load_state_dict(self, state):
+            self.place, self.walked = state["place"], state["walked"]
+
+    class Inner(Level):
+        def training_step(self, batch):
+            return (self.module() - self.env.step(self.module())).square().sum() + (self.module() * self.outer()).sum()
+
+    levels = [level("outer", uses=("inner",)), level("inner", Config(type="darts", unroll_steps=steps_per_unroll), ("outer",), cls=Inner)]
+    return Engine(levels, EngineConfig(train_iters=1000, strategy="cpu"), BOTH, env=Walker())
+
+
+@pytest.mark.parametrize("often", [True, False], ids=["a snapshot at each step", "most of it replayed"])
+def test_an_environment_goes_back_too(often):
+    torch.manual_seed(0)
+    engine = acting()
+    debugger = debugged(engine)
+    if often:
+        debugger.timeline.time_share = 1e9
+    state = lambda: [*bits(engine), engine.env.place.clone(), torch.tensor(engine.env.walked)]  # noqa: E731
+    found = {debugger.timeline.index: state()}
+    while engine.completed < 12:
+        engine.advance()
+        found[debugger.timeline.index] = state()
+    debugger.hypergradient("outer")  # looking makes it walk, and puts it back
+    debugger.compare("outer", ["cg", "darts"], seconds=0)
+    debugger.diagnose()
+    debugger.constraining_sets("inner")
+    assert same(state(), found[debugger.timeline.index])
+    assert engine.env.walked > 12 and len({float(s[-2].sum()) for s in found.values()}) > 10
+    for index in (7, 20, 3, 0, max(found)):
+        debugger.goto(index)
+        assert same(state(), found[index]), index
+    debugger.back(5)
+    debugger.replay()
+    assert same(state(), found[max(found)])
+    record = debugger.fork({"inner": "cg"}, {"inner": "darts"}, steps=4)
+    assert same(state(), found[max(found)]) and len(record.branches) == 2
+
+
+@pytest.mark.parametrize("method", ["cg", "unroll"])
+@pytest.mark.parametrize("at", [(8, 21, 40), (9, 24, 43), (10, 23, 46)])
+def test_roll_back_switched_on_and_off_while_it_runs(method, at):
+    engine = noisy_program(method)
+    debugger = debugged(engine)
+    found = {0: bits(engine)}
+    while debugger.timeline.index < 60:
+        if debugger.timeline.index in at:  # in the middle of an unroll, too
+            engine.config.roll_back = not engine.config.roll_back
+        engine.advance()
+        found[debugger.timeline.index] = bits(engine)
+    assert any(a.kind == "roll_back" for a in debugger.timeline.log) and engine.config.roll_back
+    for index in (max(found), 50, 42, 39, 22, 20, 9, 5, 41, max(found)):
+        debugger.goto(index)
+        assert same(bits(engine), found[index]), index
+        assert engine.config.roll_back, "the options stay as they are now"
+    debugger.goto(30)
+    debugger.replay()
+    assert same(bits(engine), found[max(found)])
+    debugger.goto(min(at) - 2)  # from here on with roll back, which was not so then: another future
+    debugger.step(20)
+    assert any(a.kind == "roll_back" for a in debugger.timeline.log) and debugger.timeline.end == debugger.timeline.index
+    debugger.goto(min(at) - 2)
+    assert same(bits(engine), found[min(at) - 2])
 
 
 def test_a_program_too_large_for_the_budget_runs_and_says_so():

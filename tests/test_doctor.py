@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from betty_nb import CG, Config, Debugger, Engine, EngineConfig, ImplicitProblem
 from betty_nb.app.demo import breast_cancer, breast_cancer_program
 from betty_nb.debugger.doctor.spectrum import spectrum
-from betty_nb.hypergradient import METHODS, Darts, Neumann
+from betty_nb.hypergradient import METHODS, Darts, Exact, Neumann
+from betty_nb.hypergradient.method import flatten
 from tests.programs import BOTH, Vector, bits, noisy_program, pair, ridge_program, same
 from tests.repo import ROOT, read, source
 
@@ -320,6 +321,61 @@ def test_the_quick_start_is_healthy():
     debugger.swap("inner", "cg", iterations=10)
     debugger.engine.run(600)
     assert not serious(debugger.engine)
+
+
+@pytest.fixture
+def ported():
+    "The names of the tutorial on porting, whose programs are in double precision, before its first comparison of programs"
+    cells = [source(cell) for cell in read(ROOT / "nbs/tutorials/port_a_betty_program.ipynb")["cells"] if cell["cell_type"] == "code"]
+    space, default = {}, torch.get_default_dtype()
+    try:
+        for cell in cells[:2]:
+            exec(cell, space)
+        for cell in cells:
+            if "def solved" in cell:
+                exec(cell.split("\nstrengths, direction")[0], space)
+        yield space
+    finally:
+        torch.set_default_dtype(default)
+
+
+def solve(engine, space):
+    "The optimum of the lower level, by the formula"
+    x, y = space["train"]
+    return torch.linalg.solve(x.T @ x / len(x) + torch.diag(engine.outer().detach().exp()), x.T @ y / len(x))
+
+
+def test_the_porting_tutorial_gives_no_false_alarm(ported):
+    "Its lower level is slow: what the doctor says of that is right, to the digits that he shows, and when it is solved he is content"
+    confirmed = set()
+    for method in ({"type": "darts"}, {"type": "cg", "cg_iterations": 10}):
+        engine = ported["program"](Config(), Config(unroll_steps=20, **method))
+        for iterations in (0, 3, 16, 100, 400):
+            engine.run(iterations) if iterations else None
+            here = engine.inner().detach().clone()
+            for f in serious(engine):
+                present = flatten(engine.probe("outer").indirect)
+                if f.name == "not converged":
+                    engine.inner.module.w.data.copy_(solve(engine, ported))
+                    there = flatten(engine.probe("outer").indirect)
+                    engine.inner.module.w.data.copy_(here)
+                    error = ((present - there).norm() / there.norm()).item()
+                    assert method["type"] == "cg" and error > 0.5 and abs(f.evidence["error of the hypergradient"] - error) < 0.02 * error
+                else:
+                    exact = flatten(engine.probe("outer", methods={"inner": Exact()}).indirect)
+                    assert f.name == "methods that disagree" and method["type"] == "darts" and torch.cosine_similarity(present, exact, 0) < 0.51
+                confirmed.add(f.name)
+            if method["type"] == "cg":
+                engine.inner.module.w.data.copy_(solve(engine, ported))
+                assert not serious(engine), (engine.completed, serious(engine))
+                engine.inner.module.w.data.copy_(here)
+    assert confirmed == {"not converged", "methods that disagree"}
+    assert not serious(ported["engine"]), "the program that the tutorial runs to its end"
+    for hessian in ("direct", "total"):
+        deep = ported["solved"](torch.zeros(10))
+        deep.mid.config.hessian = hessian
+        found = serious(deep)  # the tutorial holds the uppermost level fast
+        assert [(f.name, f.level) for f in found] == [("upper level that does not change", "top")] and "learning rate is 0" in found[0].what, found
 
 
 @pytest.mark.parametrize("method", ["exact", "cg", "minres", "normal_cg", "penalty", "darts"])

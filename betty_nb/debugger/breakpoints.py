@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .probe import agreement, reference, reference_methods
+from .probe import agreement
 from .records import MethodInfo, MethodOption, Record, Table, show
+from .reference import reference, too_large
 from ..graph import closest
 from ..hypergradient.method import check_option, flatten, option
 
@@ -118,18 +119,19 @@ class Agreement(Breakpoint):
         if said := _no_hypergradient(debugger, level):
             return said
         for name in [level] if level else [k for k in debugger.engine.graph.levels if debugger.engine.graph.receivers(k)]:
-            if reference_methods(debugger, name) is None:
-                return f"The lower levels of {name!r} are too large for an exact reference (more than debugger.reference_limit = {debugger.reference_limit} parameters)."
+            if said := too_large(debugger, name):
+                return said
         return ""
 
     def look(self, debugger, action, index):
         if action.kind != "hypergradient":
             return ""
-        exact = reference(debugger, action.level)
-        error, cosine = agreement(flatten(debugger.engine.probe(action.level).indirect), exact)
+        engine = debugger.engine
+        against = reference(debugger, action.level, stop=lambda: engine.stop_requested)
+        error, cosine = agreement(flatten(engine.probe(action.level).indirect), against.vector)
         if error is None or error <= self.error and (cosine is None or cosine >= self.cosine):
             return ""
-        return f"the hypergradient of {action.level!r} has an error of {error:.2g} and a cosine of {show(cosine)} against the exact one"
+        return f"the hypergradient of {action.level!r} has an error of {error:.2g} and a cosine of {show(cosine)} against {'the exact one' if against.name == 'exact' else against.name}"
 
 
 def _no_hypergradient(debugger, level):

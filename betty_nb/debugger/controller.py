@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['History', 'Debugger']
 
-# %% ../../nbs/debugger/07_controller.ipynb #bbd5c4a1
+# %% ../../nbs/debugger/07_controller.ipynb #8de27a29
 import dataclasses
+import math
 import threading
 import time
 from array import array
 from bisect import bisect_right
+from contextlib import nullcontext
 
 import torch
 
 from .actual import actual_sets
 from .breakpoints import Breakpoints
 from .fork import Fork
-from .probe import compare, look, reference
+from .probe import compare, look
 from .records import ActionRecord, LevelState, Mark, MethodInfo, MethodOption, Moved, ProgramState, Swapped, TimelineRecord
 from .tensorboard import serve
 from .timeline import Timeline
@@ -89,7 +91,8 @@ class Debugger:
     "Steps, runs, rewinds and inspects a live Engine; one engine has one debugger, so a second `Debugger(engine)` is the same object"
 
     notify_seconds = 0.1  # shortest time between two notifications of subscribers while running
-    reference_limit = 1024  # parameters up to which a hypergradient is compared with the exact one without being asked
+    reference_limit = 1024  # parameters of a lower level up to which there is an exact reference
+    reference_seconds = 2.0  # what a reference may take without being asked for; beyond that there is a cheaper one
 
     def __new__(cls, engine, **options):
         return getattr(engine, "_debugger", None) or super().__new__(cls)
@@ -107,7 +110,7 @@ class Debugger:
         self.stopped_by = None  # the BreakpointHit that ended the last run or step, None if none did
         self.timeline = Timeline(engine, budget_mb)
         self.timeline.on_cut.append(self._cut)
-        self._breakpoints, self._fork, self._pauses = Breakpoints(self), None, 0
+        self._breakpoints, self._fork, self._pauses, self._loads = Breakpoints(self), None, 0, 0
         self.touched = {}  # {level: ids of the tensors that its loss was seen to depend on}
         self._histories = {p.name: History() for p in engine.problems}
         self._subscribers, self._notified = [], 0.0
@@ -147,6 +150,7 @@ class Debugger:
     def loaded(self):
         "A checkpoint was loaded: the past, the losses in it and the last error are those of another run"
         self.error = self.exception = self.stopped_by = self._fork = None
+        self._loads += 1
         self._histories = {p.name: History() for p in self.engine.problems}
         self._notify()
 
@@ -475,11 +479,30 @@ class Debugger:
     def hypergradient(
         self,
         level,
-        reference=True,  # compare it with the exact one where the lower levels are small enough
+        reference=True,  # compare it with the best reference that `reference_seconds` allow; "exact": with the exact one, however long that takes
     ):
-        "The HypergradientRecord of `level` now: its parts, paths, parameters, solves and cost"
-        with self.engine._lock:
-            return look(self, self._upper(level), reference)
+        "The HypergradientRecord of `level` now: its parts, paths, parameters, solves and cost. `pause()` ends the taking of a reference"
+        pauses, limit = self._pauses, self._reference_seconds(reference)
+        with self._still():
+            return look(self, self._upper(level), limit, lambda: self._pauses != pauses)
+
+    def _still(self):
+        "A context: a program that runs waits; one that rests may be moved by somebody, which ends the looking"
+        return self.engine._lock if self.running else nullcontext()
+
+    def _reference_seconds(self, reference):
+        if reference not in (True, False, "exact"):
+            raise ValueError(f"reference must be True, False or 'exact', got {reference!r}.")
+        return math.inf if reference == "exact" else self.reference_seconds if reference else 0.0
+
+    def stop_looking(self):
+        "End a comparison, or the taking of a reference, after the present method; a run goes on"
+        self._pauses += 1
+
+    @property
+    def moment(self):
+        "Changes when the program moves, or when somebody changes its parameters, buffers or optimizers by hand"
+        return self.timeline.index, self._loads, tuple(self.timeline._state_marks())
 
     def _upper(self, level):
         name = self.engine.level(level).name
@@ -489,10 +512,6 @@ class Debugger:
                 f"Level {name!r} has no hypergradient, since none of its parameters reach its loss through a lower level: ask for {' or '.join(map(repr, uppers)) or 'another program'}."
             )
         return name
-
-    def _reference(self, name):
-        "The exact indirect hypergradient (n,), total Hessians included; None where a lower level is too large for it"
-        return reference(self, name)
 
     def _through(self, name):
         "The levels that the hypergradient of `name` passes through"
@@ -547,13 +566,14 @@ class Debugger:
         methods=None,  # names or Methods; all registered ones when left out
         seconds=0.3,  # time spent on timing each method, at most
         budget=30.0,  # seconds for all of them; when they are used up, the methods that are left are left out, the random ones first
+        reference=True,  # False for none; "exact": errors against the exact hypergradient, however long that takes
     ):
         "The Comparison of methods on the present state and batches: those in use, then the others, the most accurate first. `pause()` ends it after the method in progress"
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
             raise ValueError(f"compare(budget=...) must be a number of seconds greater than 0, got {budget!r}.")
-        pauses = self._pauses
-        with self.engine._lock:
-            return compare(self, self._upper(level), methods, seconds, budget, lambda: self._pauses != pauses)
+        pauses, limit = self._pauses, self._reference_seconds(reference)
+        with self._still():
+            return compare(self, self._upper(level), methods, seconds, budget, limit, lambda: self._pauses != pauses)
 
     def use(
         self,

@@ -253,6 +253,7 @@ class HypergradientRecord(Record):
     ms: float
     apart: float = 0.0  # |sum of the paths' parts - indirect| / |indirect|, for methods that are not linear in the vector
     mb: float | None = None  # most memory in use at once, beyond what was in use before, in MB; None where it was not measured
+    note: str = ""  # why the reference is not the exact one, and how to get that
 
     @property
     def hvps(self):
@@ -263,10 +264,10 @@ class HypergradientRecord(Record):
         through = " > ".join(s.level for s in self.solves) or "no lower level"
         said = f"Hypergradient of {self.level!r}: norm {self.total:.3g} (direct {self.direct:.3g}, indirect {self.indirect:.3g} through {through})"
         if self.error is not None:
-            said += f"; against {self.reference}: {self.verdict} (error {self.error:.2g}, cosine {self.cosine:.3g})"
+            said += f"; against {self.reference}: {self.verdict} (error {self.error:.2g}, cosine {'not defined' if self.cosine is None else f'{self.cosine:.3g}'})"
         if self.apart >= 1e-4:
             said += f"; taken one by one, its paths add up to something {self.apart:.1%} apart, the method not being linear in the vector"
-        return said + "."
+        return f"{said}. {self.note}".strip()
 
     def table(self):
         rows = [(p.name, "x".join(map(str, p.shape)) or "1", p.direct, p.indirect, p.total, p.cosine) for p in self.parameters]
@@ -296,6 +297,8 @@ def verdict(error, cosine):
     "A word for how good a hypergradient is, from its relative error and its cosine to the reference"
     if error is None:
         return "not compared"
+    if error != error:
+        return "not a number"
     for bound, words in ((1e-6, "exact"), (0.01, "right to 1 %"), (0.1, "right to 10 %")):
         if error <= bound:
             return words
@@ -405,12 +408,14 @@ class Comparison(Record):
     reference: str | None
     rows: tuple
     step: int
-    left_out: tuple = ()  # methods for which there was no time, since it was paused or the budget was used up
+    left_out: tuple = ()  # methods for which there was no time, since it was paused, the program moved on, or the budget was used up
+    note: str = ""  # why the reference is not the exact one, and how to get that
 
     def summary(self):
         against = f"errors against {self.reference}" if self.reference else "no reference was affordable, so no errors"
         left = f" Left out: {', '.join(self.left_out)}." if self.left_out else ""
-        return f"Hypergradient of {self.level!r} through {', '.join(self.through)} at iteration {self.step}; {against}.{left}"
+        note = f" {self.note}" if self.note else ""
+        return f"Hypergradient of {self.level!r} through {', '.join(self.through)} at iteration {self.step}; {against}.{note}{left}"
 
     def table(self):
         rows = [

@@ -48,6 +48,7 @@ class Snapshot:
         self.index = index  # actions performed before it
         self.levels = {p.name: LevelSnapshot(p) for p in engine.problems}
         self.engine = (engine.global_step, list(engine._agenda), engine._taken, engine.validated, copy.copy(engine.early_stopping))
+        self.env = None if engine.env is None else copy.deepcopy(engine.env.state_dict())  # what an environment says of itself; often nothing
         self.rng = RandomState()
         self.pinned = False  # the moment can't be reached from an earlier snapshot: something changed the program from outside
         self.pieces = {}  # what `held` says of it
@@ -60,6 +61,8 @@ class Snapshot:
             p.recall(self.levels[p.name].memory)
         engine.global_step, agenda, engine._taken, engine.validated, stopping = self.engine
         engine._agenda, engine.early_stopping = list(agenda), copy.copy(stopping)
+        if self.env:
+            engine.env.load_state_dict(copy.deepcopy(self.env))
         self.rng.restore()
 
 # %% ../../nbs/debugger/01_timeline.ipynb #6c3936b8

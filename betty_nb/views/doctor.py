@@ -48,12 +48,13 @@ def evidence_html(finding, most=6):
 def finding_html(
     finding,  # a Finding of a Diagnosis
     width=380,
+    height=210,
 ):
     "One finding: what, what to do, and the evidence."
-    plot = evidence_svg(finding.curves, width) if finding.curves else ""
+    plot = evidence_svg(finding.curves, width, height) if finding.curves else ""
     return Html(
         f'<div class="bn bn-finding"><p><b>{escape(SIGNS[finding.severity])} · {escape(finding.name)}</b></p><p>{escape(finding.what)}</p>'
-        f'<p><b>What to do:</b> {escape(finding.remedy)}</p><div class="bn-row">{plot}{evidence_html(finding)}</div></div>'
+        f'<p><b>What to do:</b> {escape(finding.remedy)}</p><div class="bn-row">{plot}<div class="bn-evidence">{evidence_html(finding)}</div></div></div>'
     )
 
 

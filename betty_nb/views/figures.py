@@ -267,7 +267,8 @@ def comparison_figure(
     ax.yaxis.set_major_formatter(_powers)
     ax.yaxis.set_minor_formatter(NullFormatter())
     notes = [[w for w, yes in (("in use", r.current), ("no error", r.error == 0)) if yes] for r in rows]
-    labels = [names[id(r)] + (f" ({', '.join(n)})" if n else "") for r, n in zip(rows, notes)]
+    short = {k: n if len(n) < 19 else n[:17] + "…" for k, n in names.items()}
+    labels = [short[id(r)] + (f" ({', '.join(n)})" if n else "") for r, n in zip(rows, notes)]
     _label(figure, ax, paper, xs, ys, labels)
     return figure
 

@@ -219,7 +219,7 @@ def _fit(name, width, size=13):
     return (name if len(name) * per <= 1.25 * width else name[: max(1, int(width / per) - 1)] + "…"), size
 
 
-def _node(box, level, style, role, selected, is_next):
+def _node(box, level, style, role, selected, is_next, beside=False):
     x, y, w, h = box.x - box.width / 2, box.y - box.height / 2, box.width, box.height
     two = h >= 30
     room = (w - 16) if two else (w - 22 - 8 * max(3, len(str(level.steps))))
@@ -235,7 +235,8 @@ def _node(box, level, style, role, selected, is_next):
         if two
         else f'x="{x + w - 6:.1f}" y="{box.y + 4.5:.1f}" text-anchor="end"'
     )
-    pill = f'<g class="bn-pill"{"" if role else " visibility=" + chr(34) + "hidden" + chr(34)}><rect x="{x + w - 32:.1f}" y="{y - 13:.1f}" width="36" height="15" rx="7"/><text x="{x + w - 14:.1f}" y="{y - 1.5:.1f}" text-anchor="middle">{"in " + role if role else ""}</text></g>'
+    px, py = (x + w + 7, box.y - 7.5) if beside else (x + w - 32, y - 13)  # above a level it would cover the next one where they stand close
+    pill = f'<g class="bn-pill"{"" if role else " visibility=" + chr(34) + "hidden" + chr(34)}><rect x="{px:.1f}" y="{py:.1f}" width="36" height="15" rx="7"/><text x="{px + 18:.1f}" y="{py + 11.5:.1f}" text-anchor="middle">{"in " + role if role else ""}</text></g>'
     arrow = f'<path class="bn-here" d="M{x - 9:.1f} {box.y - 5:.1f}l8 5l-8 5z" fill="var(--bn-fg)"{"" if is_next else " visibility=" + chr(34) + "hidden" + chr(34)}><title>the next action is here</title></path>'
     return (
         f'<g class="bn-node{kinds}" data-level="{escape(level.name)}"><title>{escape(level.name)}: {count}</title>'
@@ -279,8 +280,15 @@ def graph_svg(
             f'<g class="bn-edge bn-{e.kind}{on}" data-source="{escape(e.source)}" data-target="{escape(e.target)}" data-kind="{e.kind}" data-x="{e.label[0]}" data-y="{e.label[1]}" data-anchor="{"end" if e.kind == "l2u" else "start"}">'
             f'<title>{e.kind}: {escape(e.target)} {MEANING[e.kind]} ({escape(e.source)})</title><path class="bn-line" d="{e.path}"/><path class="bn-tip" d="{e.tip}"/>{word}</g>'
         )
+    def beside(box):
+        "Whether a flat box has room for the pill on its right"
+        end = box.x + box.width / 2
+        right = min((b.x - b.width / 2 for b in lay.boxes if b is not box and abs(b.y - box.y) < 20 and b.x > box.x), default=width)
+        return box.height < 30 and right - end > 46
+
     for box, level in zip(lay.boxes, state.levels):
-        out.append(_node(box, level, styles[level.name], roles[level.name], level.name == selected, level.name == state.next_level))
+        here = level.name == selected, level.name == state.next_level
+        out.append(_node(box, level, styles[level.name], roles[level.name], *here, beside(box)))
     full = lay.height
     if legend:
         y = lay.height + 14

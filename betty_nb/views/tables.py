@@ -43,6 +43,8 @@ def number(
         return "infinite"
     if value == 0:
         return "0"
+    if 10**digits <= abs(value) < 1e5:
+        return f"{value:,.0f}"
     return f"{value:.{digits}g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.{max(0, digits - 2)}e}"
 
 
@@ -53,7 +55,7 @@ def percent(
     if value is None or not math.isfinite(value):
         return number(value)
     p = 100 * value
-    return "0 %" if p == 0 else f"{p:.1e} %" if abs(p) < 0.01 else f"{p:.2g} %" if abs(p) < 10 else f"{p:,.0f} %"
+    return "0 %" if p == 0 else f"{p:.1e} %" if abs(p) < 0.01 else f"{p:.2g} %" if abs(p) < 10 else f"{p:,.0f} %" if abs(p) < 1e5 else f"{p:.0e} %"
 
 
 def size_text(
@@ -186,6 +188,7 @@ def comparison_html(
 ):
     "Error and cost of every method on the same state and batch."
     against = f"against {comparison.reference}" if comparison.reference else "no reference at this size"
+    against += f". {comparison.note}" if comparison.note else ""
     return table_html(
         COMPARISON_COLUMNS, list(comparison_rows(comparison)), f"hypergradient of {comparison.level} at step {comparison.step}, {against}"
     )

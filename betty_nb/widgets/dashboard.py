@@ -31,13 +31,14 @@ _CSS = """<style>
 .bn-dashboard{border:1px solid var(--jp-border-color1,#ccc);padding:3px 8px 2px;box-sizing:border-box;overflow:hidden}
 .bn-dashboard .jupyter-button{height:28px;line-height:26px;padding:0 8px;font-size:13px;color:var(--bn-fg);background:var(--bn-soft);border:1px solid var(--bn-line)}
 .bn-dashboard .jupyter-button:hover:enabled{border-color:var(--bn-fg);box-shadow:none}
-.bn-dashboard .jupyter-button:focus-visible,.bn-dashboard select:focus-visible,.bn-dashboard input:focus-visible,.bn-dashboard .lm-TabBar-tab:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}
+.bn-dashboard .jupyter-button:focus-visible,.bn-dashboard select:focus-visible,.bn-dashboard input:focus-visible,.bn-dashboard .lm-TabBar-tab:focus-visible{outline:3px solid var(--bn-focus)!important;outline-offset:1px}
 .bn-dashboard .jupyter-button:disabled,.bn-dashboard .bn-locked{opacity:.45}.bn-dashboard .bn-status .widget-html-content,.bn-dashboard .widget-html-content{line-height:1.4;font-size:13px;color:var(--bn-fg);overflow-wrap:anywhere}
 .bn-dashboard .widget-label,.bn-dashboard .widget-label-basic,.bn-dashboard input,.bn-dashboard select{color:var(--bn-fg)}
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-TabBar-tab,.bn-dashboard .jupyter-widget-tab>.p-TabBar .p-TabBar-tab{color:var(--bn-fg);flex:0 1 130px;min-width:60px;font-size:13px}
 .bn-dashboard .jupyter-widget-tab>.lm-TabBar .lm-mod-current{font-weight:700}
 .bn-dashboard .jupyter-widget-tab>.widget-tab-contents{padding:4px 8px;border-color:var(--bn-line)}
-.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-plot .bn-figure{width:100%;height:auto;max-height:330px}.bn-dashboard .bn-results>.bn-plot{flex:1 1 240px;min-width:0;width:auto;max-width:460px}.bn-dashboard .bn-results>.bn-comparison{flex:none;padding-right:6px;max-height:334px;overflow-y:auto}
+.bn-dashboard .jupyter-widgets.widget-html{margin:0}.bn-dashboard .bn-plot .bn-figure{width:100%;height:auto;max-height:330px}.bn-dashboard .bn-results>.bn-plot{flex:1 0 236px;min-width:0;width:auto;max-width:460px}.bn-dashboard .bn-results>.bn-comparison{flex:0 1 auto;min-width:0;padding-right:6px;max-height:334px;overflow-y:auto}
+.bn-dashboard .bn-comparison td:first-child{max-width:150px;overflow:hidden;text-overflow:ellipsis}
 .bn-dashboard .bn-status-row{min-height:22px}.bn-dashboard .bn-strip{border-top:1px solid var(--bn-line);padding-top:2px}
 </style>"""
 
@@ -68,13 +69,13 @@ class Dashboard(W.VBox):
             DoctorPanel(self),
         )
         self.panels = (self.curves, self.hypergradient, self.sets, self.methods, self.doctor)
-        self.tabs = W.Tab(self.panels, titles=[p.title for p in self.panels], layout=W.Layout(flex="1 1 0", min_width="0", height="456px"))
+        self.tabs = W.Tab(self.panels, titles=[p.title for p in self.panels], layout=W.Layout(flex="1 1 440px", min_width="0", height="456px"))
         self.tabs.observe(lambda _: self.ask(), "selected_index")
         self._below(names)
         left = W.VBox([self.graph, self.facts], layout=W.Layout(flex="0 0 306px", width="306px"))
         status = W.HBox([W.HTML(_CSS, layout=W.Layout(display="none")), self.line, self.trouble], layout=W.Layout(flex_flow="row wrap"))
         status.add_class("bn-status-row")
-        super().__init__([self.controls, status, W.HBox([left, self.tabs], layout=W.Layout(align_items="stretch")), self.strip])
+        super().__init__([self.controls, status, W.HBox([left, self.tabs], layout=W.Layout(align_items="stretch", flex_flow="row wrap")), self.strip])
         for name in ("bn", "bn-dashboard"):
             self.add_class(name)
         self._unsubscribe = debugger.subscribe(self.ask)
@@ -82,11 +83,11 @@ class Dashboard(W.VBox):
 
     def _below(self, names):
         d = self.debugger
-        self.timeline = TimelineStrip(layout=W.Layout(flex="1 1 0", min_width="0"))
+        self.timeline = TimelineStrip(layout=W.Layout(flex="1 1 300px", min_width="0"))
         self.timeline.on_goto(lambda index: self.do(f"going to action {index:,}", d.goto, index))
-        self.breakpoints = BreakpointList(kinds=[_kind(k) for k in d.breakpoint_kinds()], levels=names, layout=W.Layout(flex="0 0 400px", width="400px"))
+        self.breakpoints = BreakpointList(kinds=[_kind(k) for k in d.breakpoint_kinds()], levels=names, layout=W.Layout(flex="0 1 400px", width="400px", min_width="0"))
         self.breakpoints.on_change(self._change_breakpoints)
-        self.strip = W.HBox([self.timeline, self.breakpoints], layout=W.Layout(align_items="flex-start"))
+        self.strip = W.HBox([self.timeline, self.breakpoints], layout=W.Layout(align_items="flex-start", flex_flow="row wrap"))
         self.strip.add_class("bn-strip")
 
     @property
@@ -108,6 +109,7 @@ class Dashboard(W.VBox):
                 return False
             if self.busy:
                 self._waiting = (doing, call, args)
+                self.debugger.stop_looking()
                 return True  # a click does not get lost behind a look that nobody asked for
             pauses = self._pauses
             self._worker.submit(lambda: self._work(call, args, pauses))
@@ -246,6 +248,8 @@ class Dashboard(W.VBox):
         if getattr(self, "_closed", True):
             return
         self._unsubscribe()
+        if self.busy:
+            self.debugger.stop_looking()
         self._painter.close()
         self._worker.close()
         with self._paint_lock:

@@ -25,7 +25,7 @@ function render({ model, el }) {
   function draw() {
     const items = model.get('items'), had = list.contains(document.activeElement); chosen = Math.min(chosen, Math.max(0, items.length - 1))
     list.replaceChildren(...items.map((f, i) => {
-      const b = make('button', 'bn-finding-item bn-' + f.severity, f.title); b.type = 'button'; b.title = f.title; b.setAttribute('role', 'option'); b.setAttribute('aria-selected', i === chosen)
+      const b = make('button', 'bn-finding-item bn-' + f.severity, f.title); b.type = 'button'; b.title = f.title; b.setAttribute('role', 'option'); b.setAttribute('aria-selected', i === chosen); b.tabIndex = i === chosen ? 0 : -1  // one stop for the Tab key, arrows from there
       b.addEventListener('click', () => { chosen = i; draw() })
       b.addEventListener('keydown', e => { const step = { ArrowDown: 1, ArrowUp: -1 }[e.key]; if (step) { chosen = (chosen + step + items.length) % items.length; draw(); e.preventDefault(); e.stopPropagation() } })
       return b
@@ -50,7 +50,7 @@ class Findings(Live):
     locked = T.Bool(False).tag(sync=True)
     code = T.Unicode(_FINDINGS_JS).tag(sync=True)
     _css = """
-.bn-findings{display:flex;gap:12px;align-items:flex-start}.bn-finding-list{flex:0 0 210px;display:flex;flex-direction:column;gap:3px;max-height:370px;overflow-y:auto;padding:3px}.bn-finding-detail{flex:1 1 0;min-width:0}
+.bn-findings{display:flex;gap:12px;align-items:flex-start}.bn-finding-list{flex:0 0 210px;display:flex;flex-direction:column;gap:3px;max-height:370px;overflow-y:auto;padding:3px}.bn-finding-detail{flex:1 1 0;min-width:0;max-height:385px;overflow-y:auto}.bn-finding-detail .bn-evidence{flex:1 1 140px;min-width:0;font-size:12.5px}.bn-finding-detail .bn-facts{grid-template-columns:1fr}.bn-finding-detail .bn-facts dt{white-space:normal}.bn-finding-detail .bn-facts dd{margin-bottom:3px}
 .bn-finding-item{font:inherit;font-size:12.5px;text-align:left;color:var(--bn-fg);background:var(--bn-bg);border:1px solid var(--bn-line);border-left:5px solid var(--bn-c5);border-radius:3px;padding:2px 6px;cursor:pointer;line-height:17px}
 .bn-finding-item.bn-error{border-left-color:var(--bn-c1)}.bn-finding-item.bn-warning{border-left-color:var(--bn-c4)}.bn-finding-item[aria-selected=true]{outline:1px solid var(--bn-fg);font-weight:600;background:var(--bn-soft)}
 .bn-finding-item:focus-visible,.bn-apply:focus-visible{outline:3px solid var(--bn-focus);outline-offset:1px}.bn .bn-button.bn-apply{padding:2px 10px;margin:2px 0 6px;text-align:left}
@@ -93,7 +93,7 @@ class DoctorPanel(W.VBox):
     def show(self, diagnosis):
         "Show a Diagnosis, and how much was found on the tab."
         self.diagnosis = diagnosis
-        self.say(diagnosis.summary())
+        self.say(diagnosis.summary() if len(diagnosis.levels) < 3 else diagnosis.summary().replace(" and ".join(map(repr, diagnosis.levels)), f"{len(diagnosis.levels)} levels"))
         put(self.list, items=[_item(f) for f in diagnosis.findings])
         n = sum(f.severity != "note" for f in diagnosis.findings)
         self.dashboard.badge(self, f"Doctor • {n}" if n else "Doctor ✓")
@@ -112,6 +112,6 @@ def _item(finding):
     return dict(
         severity=finding.severity,
         title=f"{SIGNS[finding.severity].split()[0]} {finding.name}{where}",
-        html=str(finding_html(finding)),
+        html=str(finding_html(finding, 330, 185)),
         apply="" if finding.apply is None else str(finding.apply),
     )

@@ -21,7 +21,8 @@ _SHARED_JS = """
 export default { async render({ model, el }) {
   const code = model.get('code'), known = (globalThis.bettyNbModules ||= new Map())
   if (!known.has(code)) known.set(code, import(URL.createObjectURL(new Blob([code], { type: 'text/javascript' }))))
-  return (await known.get(code)).default.render({ model, el })
+  const off = (await known.get(code)).default.render({ model, el })
+  return () => { off?.(); el.replaceChildren() }  // the front end keeps the elements of closed widgets: what is in them need not stay
 } }
 """
 
@@ -185,6 +186,7 @@ function scaleOf(wanted, low, high, values) {
 }
 function render({ model, el }) {
   el.classList.add('bn', 'bn-curves')
+  let wide = 560  // the last width that was seen: on a hidden page it is 0
   const bar = html('div', 'bn-bar'), legend = html('div', 'bn-legend'), choice = html('div', 'bn-choice'), plot = html('div', 'bn-plot')
   const buttons = ['log', 'linear'].map(kind => {
     const b = html('button', 'bn-button', kind); b.type = 'button'; b.title = `Show the losses on a ${kind === 'log' ? 'logarithmic' : 'linear'} scale`
@@ -213,7 +215,7 @@ function render({ model, el }) {
   }
   function draw() {
     const lines = read(); keys(lines)
-    const W = Math.max(260, plot.clientWidth || 560), H = Math.max(160, model.get('height') - bar.offsetHeight), values = lines.flatMap(l => [...l.ys].filter(isFinite)), steps = lines.flatMap(l => l.n ? [l.xs[0], l.xs[l.n - 1]] : [])
+    const W = Math.max(260, wide = plot.clientWidth || wide), H = Math.max(160, model.get('height') - bar.offsetHeight), values = lines.flatMap(l => [...l.ys].filter(isFinite)), steps = lines.flatMap(l => l.n ? [l.xs[0], l.xs[l.n - 1]] : [])
     const picture = svg('svg', { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: 'img' })
     if (!values.length) {
       picture.setAttribute('aria-label', model.get('empty'))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['control', 'read', 'MethodsPanel']
 
-# %% ../../nbs/widgets/08_methods.ipynb #6773043d
+# %% ../../nbs/widgets/08_methods.ipynb #a2362f29
+import math
 from html import escape
 
 import ipywidgets as W
@@ -20,7 +21,8 @@ def control(
 ):
     "A control for an option, and a function that reads it."
     text = dict(description=option.name, tooltip=f"{option.doc} (default: {option.default})", style={"description_width": "initial"})
-    small = W.Layout(width="136px" if option.type != "bool" else "auto")
+    room = {"bool": None, "int": 54 + 8.5 * max(3, len(str(option.value))), "str": 110}.get(option.type, 85)  # for what is written, in pixels
+    small = W.Layout(width="auto" if room is None else f"{room + 7 * len(option.name):.0f}px")
     if option.type == "bool":
         w = W.Checkbox(value=bool(option.value), indent=False, layout=small, **text)
     elif option.type == "int" and option.value is not None:
@@ -81,7 +83,7 @@ class MethodsPanel(W.VBox):
             "bn-compare",
         )
         self.table = RowTable(
-            columns=[[c, "", False] if isinstance(c, str) else [*c, True] for c in COMPARISON_COLUMNS[:-1]], action="use this one"
+            columns=[[c, "", False] if isinstance(c, str) else [*c, True] for c in COMPARISON_COLUMNS[:-1]], action="use"
         )
         self.table.add_class("bn-comparison")
         self.table.on_choose(self.use)
@@ -127,13 +129,13 @@ class MethodsPanel(W.VBox):
         state = self.dashboard.debugger.state
         level = self.dashboard.hypergradient.level(state)
         self.comparison = self.dashboard.debugger.compare(level, seconds=0.1, budget=20.0)
-        put(
-            self.plot,
-            value=figure_svg(comparison_figure(self.comparison, size=(3.7, 3.5)), f"error against cost, hypergradient of {level}"),
-        )
+        compared = any(r.error is not None and math.isfinite(r.error) for r in self.comparison.rows)
+        plot = figure_svg(comparison_figure(self.comparison, size=(3.7, 3.5)), f"error against cost, hypergradient of {level}") if compared else ""
+        put(self.plot, value=plot or f"<p>{escape(self.comparison.note) or 'No method could be compared with a reference on this state.'}</p>")
+        against = f"against {self.comparison.reference}" if self.comparison.reference else "no reference"
         put(
             self.said,
-            value=f'<p title="{escape(self.comparison.summary())}">hypergradient of {escape(level)}, iteration {self.comparison.step:,}</p>',
+            value=f'<p title="{escape(self.comparison.summary())}">hypergradient of {escape(level)}, iteration {self.comparison.step:,}, {against}</p>',
         )
         self.show_rows()
         self.seen = None

@@ -65,6 +65,8 @@ def put(widget, **traits):
 def close_all(widgets):
     "Take widgets that are shown no more out of the kernel's and the front end's memory."
     for w in widgets:
+        if isinstance(w, W.HTML) and w.value:
+            w.value = ""  # JupyterLab keeps the elements of closed widgets, empty ones are small
         for part in (w.layout, getattr(w, "style", None), w):
             if part is not None:
                 part.close()

@@ -21,14 +21,14 @@ const SHAPES = {
 const WORDS = { update: 'upper update', 'by hand': 'by hand', breakpoint: 'breakpoint', swap: 'swap', fork: 'fork', changed: 'changed' }
 function render({ model, el }) {
   el.classList.add('bn', 'bn-timeline')
-  let ghost = null, dragging = false
+  let ghost = null, dragging = false, wide = 600  // the last width that was seen: while the page is hidden it is 0, and no observer tells of that
   const bounds = () => { const a = model.get('oldest'), b = Math.max(model.get('end'), a); return [a, b] }
   const say = i => { const now = model.get('index'); return i === now ? `action ${now.toLocaleString('en')}` : `${i < now ? 'back' : 'forward'} to action ${i.toLocaleString('en')}` }
   let picture = null, X = null, back = null
   function go() { const i = ghost; if (i !== null && i !== model.get('index') && !model.get('locked')) model.send({ goto: i }); ghost = null; draw() }
   function move(i) { const [a, b] = bounds(); ghost = Math.max(a, Math.min(b, Math.round(i))); draw() }
   function draw() {
-    const [a, b] = bounds(), W = Math.max(240, el.clientWidth || 600), H = 62, y = 32, left = 10, right = W - 10, end = Math.max(b, a + 20, ...model.get('branches').map(f => f.at + f.n)), index = model.get('index'), locked = model.get('locked')
+    const [a, b] = bounds(), W = Math.max(240, wide = el.clientWidth || wide), H = 62, y = 32, left = 10, right = W - 10, end = Math.max(b, a + 20, ...model.get('branches').map(f => f.at + f.n)), index = model.get('index'), locked = model.get('locked')
     X = i => left + (i - a) / (end - a) * (right - left); back = px => a + (px - left) / (right - left) * (end - a)
     const had = picture && picture.contains(document.activeElement)
     const next = svg('svg', { width: W, height: H, viewBox: `0 0 ${W} ${H}` })
@@ -43,7 +43,7 @@ function render({ model, el }) {
       mark.append(svg('title', {}, `action ${i}: ${words}`)); next.append(mark)
     }
     let at = 84
-    for (const kind of Object.keys(SHAPES)) if (kinds.has(kind)) { next.append(svg('path', { d: SHAPES[kind](at, 9), class: 'bn-mark bn-sample' }), svg('text', { x: at + 10, y: 13 }, WORDS[kind])); at += 26 + 6.6 * WORDS[kind].length }
+    for (const kind of Object.keys(SHAPES)) if (kinds.has(kind)) { next.append(svg('path', { d: SHAPES[kind](at, 9), class: 'bn-mark bn-sample' }), svg('text', { x: at + 10, y: 13 }, WORDS[kind])); at += 28 + 7.4 * WORDS[kind].length }
     for (const f of model.get('branches')) {
       const y2 = y + 13
       next.append(svg('path', { d: `M${X(f.at)} ${y}L${X(f.at) + 8} ${y2}H${Math.max(X(f.at) + 16, X(f.at + f.n))}`, class: 'bn-branch' }), svg('text', { x: X(f.at) > W / 3 ? X(f.at) - 4 : X(f.at) + 24, y: X(f.at) > W / 3 ? y2 + 5 : H - 2, class: 'bn-tiny', 'text-anchor': X(f.at) > W / 3 ? 'end' : 'start' }, f.text))
@@ -68,12 +68,13 @@ function render({ model, el }) {
   const drag = event => { if (dragging) move(at(event)) }
   const up = event => { if (dragging) { dragging = false; go() } }
   const off = () => { dragging = false; ghost = null; draw() }
-  el.addEventListener('pointerdown', down); el.addEventListener('pointermove', drag); el.addEventListener('pointerup', up); el.addEventListener('pointercancel', off)
+  const mouse = { pointerdown: down, pointermove: drag, pointerup: up, pointercancel: off }
+  for (const n in mouse) el.addEventListener(n, mouse[n])
   let asked = false
   const soon = () => { if (!asked) { asked = true; requestAnimationFrame(() => { asked = false; draw() }) } }
   const names = ['oldest', 'index', 'end', 'marks', 'branches', 'locked']; names.forEach(n => model.on('change:' + n, soon))
   const sizes = new ResizeObserver(soon); sizes.observe(el); draw()
-  return () => { sizes.disconnect(); names.forEach(n => model.off('change:' + n, soon)) }
+  return () => { sizes.disconnect(); names.forEach(n => model.off('change:' + n, soon)); for (const n in mouse) el.removeEventListener(n, mouse[n]) }
 }
 export default { render }
 """

@@ -248,6 +248,8 @@ def _does_not_move(patient, problem):
     total = flatten(result.total)
     if not torch.isfinite(total).all() or not total.any():
         return None
+    if total.norm() < 1e-6 * (flatten(result.direct).norm() + flatten(result.indirect).norm()):
+        return None  # the two parts cancel: it is at its optimum, and need not move
     parameters = problem.trainable_parameters()
     before = flatten([p.detach() for p in parameters]).clone()
     try:
