@@ -291,6 +291,18 @@ def test_what_is_not_compiled_is_said():
         program(compile=True, precision="fp16").run(3)
 
 
+def test_the_switch_of_the_debugger():
+    engine, _ = ridge_program("cg")
+    debugger = Debugger(engine)
+    assert debugger.compile("inner").summary() == "inner: not compiled -> compiled, from the next action on." and engine.inner.config.compile
+    assert debugger.timeline_record().marks[-1].text == "not compiled -> compiled"
+    assert debugger.compile("inner", False).after == "not compiled" and not engine.inner.config.compile
+    recorded = Debugger(noisy_program("unroll"))
+    with pytest.raises(ValueError, match="can't be compiled: the steps of its unroll are recorded one by one"):
+        recorded.compile("inner")
+    assert not recorded.engine.inner.config.compile
+
+
 def test_without_a_compiler():
     import torch._inductor.config as inductor
 

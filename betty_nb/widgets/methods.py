@@ -82,6 +82,14 @@ class MethodsPanel(W.VBox):
             self.compare_all,
             "bn-compare",
         )
+        self.compiled = W.Checkbox(
+            description="compiled",
+            tooltip="Run the steps and Hessian-vector products of this level as compiled code; compiling takes some seconds at its next steps",
+            indent=False,
+            layout=W.Layout(width="auto"),
+        )
+        self.compiled.add_class("bn-compiled")
+        self.compiled.observe(lambda change: self.switch(change["new"]), "value")
         self.table = RowTable(
             columns=[[c, "", False] if isinstance(c, str) else [*c, True] for c in COMPARISON_COLUMNS[:-1]], action="use"
         )
@@ -93,7 +101,7 @@ class MethodsPanel(W.VBox):
         results.add_class("bn-results")
         super().__init__(
             [
-                W.HBox([self.through, self.menu, self.swap_in, self.compare], layout=W.Layout(flex_flow="row wrap", align_items="center")),
+                W.HBox([self.through, self.menu, self.swap_in, self.compare, self.compiled], layout=W.Layout(flex_flow="row wrap", align_items="center")),
                 W.HBox([self.doc, self.said], layout=W.Layout(justify_content="space-between")),
                 self.options,
                 results,
@@ -108,6 +116,20 @@ class MethodsPanel(W.VBox):
 
     def use(self, row):
         self.dashboard.do("swapping the method", self.swap_row, row)
+
+    def switch(self, on):
+        if on != self.is_compiled():
+            self.dashboard.do("switching compiled code", self.switch_compiled, on)
+
+    def is_compiled(self):
+        return self.dashboard.debugger.engine.level(self.through.value).config.compile
+
+    def switch_compiled(self, on):
+        "Compile the level, or no longer (on the worker's thread)."
+        try:
+            self.say(self.dashboard.debugger.compile(self.through.value, on).summary())
+        finally:
+            self.seen = None  # show what is the case
 
     def swap_chosen(self):
         "Swap in what the controls say (on the worker's thread)."
@@ -178,6 +200,7 @@ class MethodsPanel(W.VBox):
 
     def show_menu(self):
         self.infos = self.dashboard.debugger.methods(self.through.value)
+        put(self.compiled, value=self.is_compiled())
         now = next((m.name for m in self.infos if m.current), next((m.name for m in self.infos if m.valid), ""))
         put(
             self.menu,
@@ -208,6 +231,6 @@ class MethodsPanel(W.VBox):
         put(self.doc, value=f"<p>{escape(info.doc.strip().rstrip('.'))}.{not_here}</p>")
 
     def lock(self, locked):
-        for w in (self.swap_in, self.compare):
+        for w in (self.swap_in, self.compare, self.compiled):
             lock(w, locked or not self.through.value)
         put(self.table, locked=locked)
