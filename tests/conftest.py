@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.browser import chrome, lab, open_notebook  # noqa: F401  fixtures
 
@@ -12,6 +13,15 @@ try:
     import fcntl
 except ImportError:  # not on Windows: there tests that measure time are disturbed by the others
     fcntl = None
+
+
+@pytest.fixture
+def one_thread():
+    "For tests with tiny tensors, where more threads would only wait for each other"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the workers read the groups

@@ -77,7 +77,7 @@ def ridge_program(method="exact", seed=0, n=20, dtype=torch.float64, **options):
     return Engine(problems, EngineConfig(train_iters=1000, strategy="cpu"), BOTH), formula
 
 
-def noisy_program(method="cg", seed=0, dtype=torch.float32):
+def noisy_program(method="cg", seed=0, dtype=torch.float32, strategy="cpu", **config):
     "Two levels with everything that makes going back hard: dropout, BatchNorm, Adam, shuffled loaders, a scheduler"
     torch.manual_seed(seed)
     x = torch.randn(60, 4)
@@ -102,7 +102,7 @@ def noisy_program(method="cg", seed=0, dtype=torch.float32):
     adam = torch.optim.Adam(net.parameters(), lr=0.01, eps=1e-4 if dtype == torch.float16 else 1e-8)  # 1e-8 is 0 in float16
     inner = Inner(
         "inner",
-        Config(type=method, unroll_steps=4, gradient_clipping=1.0),
+        Config(**{"type": method, "unroll_steps": 4, "gradient_clipping": 1.0, **config}),
         net,
         adam,
         torch.optim.lr_scheduler.StepLR(adam, 10, 0.5),
@@ -111,7 +111,7 @@ def noisy_program(method="cg", seed=0, dtype=torch.float32):
     outer = Outer(
         "outer", Config(), decay, torch.optim.Adam(decay.parameters(), lr=0.05), train_data_loader=DataLoader(data, 30, shuffle=True)
     )
-    return Engine([outer, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
+    return Engine([outer, inner], EngineConfig(train_iters=1000, strategy=strategy), BOTH)
 
 
 def bits(engine):

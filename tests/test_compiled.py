@@ -35,15 +35,15 @@ def missing():
 compiler = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quiet():
     trace = logging.getLogger("torch.__trace")  # pytest would have torch write down all it does
     trace.propagate = False
     yield
     trace.propagate = True
-    torch.set_num_threads(threads)
 
 
 def fit(self, batch):

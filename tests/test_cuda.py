@@ -6,7 +6,8 @@ import torch
 from betty_nb import Config, EngineConfig
 from betty_nb.app.demo import breast_cancer_program
 from betty_nb.debugger import Debugger
-from tests.programs import bits, same
+from betty_nb.hypergradient import Unroll
+from tests.programs import bits, noisy_program, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
 
@@ -47,3 +48,44 @@ def test_a_run_waits_for_the_gpu_at_its_end_only():
             engine.advance()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_made_with_their_graph_on_the_gpu():
+    found = {}
+    for name, method in {"made": Unroll(), "repeated": Unroll(graph_mb=0)}.items():
+        engine = noisy_program(method, strategy="gpu", dtype=torch.float64, gradient_clipping=0.0)
+        torch.manual_seed(1)
+        engine.run(7)
+        assert (engine.inner.path.stretches[-1].live is not None) == (name == "made")
+        while engine.next_action.kind != "hypergradient":
+            engine.advance()
+        found[name] = engine.probe("outer").total[0]
+    assert ((found["made"] - found["repeated"]).norm() / found["repeated"].norm()).item() < 1e-8
+
+
+def test_steps_made_with_their_graph_wait_for_the_gpu_at_the_end_only():
+    engine = noisy_program("unroll", strategy="gpu", gradient_clipping=0.0)
+    engine.run(10)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            if engine.next_action.kind == "draw":  # a loader may copy from pageable memory
+                torch.cuda.set_sync_debug_mode("default")
+                engine.advance()
+                torch.cuda.set_sync_debug_mode("error")
+            else:
+                engine.advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["cg", "darts"])
+def test_compiled_levels_on_the_gpu(method):
+    found = {}
+    for compile in (False, True):
+        engine = program("gpu", method)
+        engine.inner.config.compile = compile
+        engine.run(20)
+        found[compile] = torch.cat([p.detach().reshape(-1) for q in engine.problems for p in q.parameters()])
+    assert engine.inner.compiled.seconds > 0
+    assert torch.allclose(found[True], found[False], rtol=1e-8, atol=1e-10)

@@ -102,7 +102,7 @@ PANELS = {
     "Curves": ["choice", "choice"],
     "Hypergradient": ["look", "against"],
     "Sets": [],
-    "Methods": ["menu", "menu", "swap", "compare", "option-iterations", "option-alpha"],
+    "Methods": ["menu", "menu", "swap", "compare", "compiled", "option-iterations", "option-alpha"],
     "Doctor": ["examine", "finding-item", "apply"],
 }
 

@@ -15,12 +15,7 @@ from tests.programs import bits, chain, same
 EXACT = dict(reference="exact")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def debugged(*args, **options):

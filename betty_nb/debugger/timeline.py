@@ -215,7 +215,7 @@ class Timeline:
     _most = 2000  # snapshots, whatever their size
     _most_marks = 20_000
 
-    def __init__(self, engine, budget_mb=256, time_share=0.02):
+    def __init__(self, engine, budget_mb=256, time_share=0.01):
         self.engine, self.budget_mb, self.time_share = engine, budget_mb, time_share
         self.every_action = False  # take a snapshot before each action, as long as somebody steps by hand
         self.stop = False  # ask a long way back or forth to end at the next action
@@ -233,7 +233,7 @@ class Timeline:
         self._remove(list(self.snapshots))
         self.too_large, self.following = 0, False  # following: the action in progress was made before, and is only repeated
         self._start, self._graph = self.index, self.engine.graph
-        self._dirty, self._resting = False, None
+        self._dirty, self._resting, self._beside = False, None, 0
         self._cost, self._last = 0.0, 0.0
         self._options, self._changes = None, []
         for tape in self.tapes:
@@ -278,8 +278,13 @@ class Timeline:
                 self.mark("by hand" if action.manual else "update", action.level)
             if self.too_large:
                 self._forget()
-            elif self.nbytes > self._budget:
+            elif self.holdings.nbytes + self._beside > self._budget or self.index % 64 == 0 and self._over_budget():
                 self._thin_out()
+
+    def _over_budget(self):
+        total = self.nbytes
+        self._beside = total - self.holdings.nbytes + 64 * (Tape._overhead + 8)  # tapes and log without their batches, with what 64 actions add to them
+        return total > self._budget
 
     def _due(self):
         return time.perf_counter() - self._last > self._cost / self.time_share
@@ -292,7 +297,7 @@ class Timeline:
 
     def _chosen(self):
         "A mark that changes with the options of any level or of the engine"
-        return Options.revision, [id(p.config) for p in self.engine.problems]
+        return [Options.revision, *[id(p.config) for p in self.engine.problems]]
 
     def _present(self):
         return {p.name: p.config for p in self.engine.problems} | {"": self.engine.config}

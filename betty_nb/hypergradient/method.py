@@ -217,16 +217,19 @@ class Linearization:
         made = self._compiled.hvp(vector) if self._compiled is not None else None
         return flatten(self._vjp(vector, self.theta), self.theta) if made is None else made
 
-    def hessian(self):
-        "H, (n, n), by n Hessian-vector products in one batch"
-        self.hvps += self.n
-        eye = torch.eye(self.n, dtype=self.theta[0].dtype, device=self.theta[0].device)
+    def products(self, vectors):
+        "H times each of the rows of `vectors`, (k, n) -> (k, n), in one batch where torch can"
+        self.hvps += len(vectors)
         try:
-            rows = self._vjp(eye, self.theta, batched=True)
-            rows = [torch.zeros(self.n, *t.shape, dtype=t.dtype, device=t.device) if r is None else r for r, t in zip(rows, self.theta)]
-            return torch.cat([r.reshape(self.n, -1) for r in rows], dim=1)
+            rows = self._vjp(vectors, self.theta, batched=True)
+            rows = [torch.zeros(len(vectors), *t.shape, dtype=t.dtype, device=t.device) if r is None else r for r, t in zip(rows, self.theta)]
+            return torch.cat([r.reshape(len(vectors), -1) for r in rows], dim=1)
         except RuntimeError:  # an operation that torch cannot batch: one row at a time
-            return torch.stack([flatten(self._vjp(row, self.theta), self.theta) for row in eye])
+            return torch.stack([flatten(self._vjp(row, self.theta), self.theta) for row in vectors])
+
+    def hessian(self):
+        "H, (n, n), by n Hessian-vector products"
+        return self.products(torch.eye(self.n, dtype=self.theta[0].dtype, device=self.theta[0].device))
 
     def mixed(self, vector):
         "For each level x of `wrt` the product (d2C / dx dtheta) vector, as {name: list of tensors or None}"

@@ -44,10 +44,9 @@ class TotalLinearization(Linearization):
         self.hvps += 1
         return flatten(self._difference(vector)[self.level], self.theta)
 
-    def hessian(self):
-        "The total Hessian, (n, n), one row after the other"
-        eye = torch.eye(self.n, dtype=self.theta[0].dtype, device=self.theta[0].device)
-        return torch.stack([self.hvp(row) for row in eye])
+    def products(self, vectors):
+        "The total Hessian times each of the rows of `vectors`, (k, n) -> (k, n), one after the other"
+        return torch.stack([self.hvp(row) for row in vectors])
 
     def mixed(self, vector):
         parts = self._difference(vector)

@@ -59,7 +59,7 @@ class Painter:
 
     slowest = 1.0  # seconds between two pictures, however long painting takes
 
-    def __init__(self, paint, moving, interval=0.2, share=0.04):
+    def __init__(self, paint, moving, interval=0.2, share=0.01):
         self._paint, self._moving, self._interval, self._share = paint, moving, interval, share
         self._pause = interval  # what the last picture took says how long
         self._asked, self._still, self._lock = threading.Event(), threading.Event(), threading.Lock()
