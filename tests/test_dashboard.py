@@ -43,8 +43,13 @@ def notebook(*cells):
 
 
 def opened(open_notebook, *more):
-    "A tab that shows the dashboard"
-    tab = open_notebook(notebook(PROGRAM, *more)).run_all()
+    "A tab that shows the dashboard of the program"
+    return shown(open_notebook, PROGRAM, *more)
+
+
+def shown(open_notebook, *cells):
+    "A tab that has run these cells and shows the dashboard"
+    tab = open_notebook(notebook(*cells)).run_all()
     assert tab.errors() == []
     tab.command("application:toggle-left-area")
     tab.show(".bn-dashboard")

@@ -3,8 +3,8 @@
 import re
 import time
 
-from tests.test_dashboard import STATUS, panel, settled
 from tests.test_dashboard import notebook as made
+from tests.test_dashboard import panel, settled, shown
 
 # Two levels of matrices, so that there are heat maps; the timeline has a mark of each kind, a breakpoint has stopped the program, and the doctor finds something.
 MARKED = """
@@ -105,15 +105,6 @@ PANELS = {
     "Methods": ["menu", "menu", "swap", "compare", "compiled", "option-iterations", "option-alpha"],
     "Doctor": ["examine", "finding-item", "apply"],
 }
-
-
-def shown(open_notebook, *cells):
-    tab = open_notebook(made(*cells)).run_all()
-    assert tab.errors() == []
-    tab.command("application:toggle-left-area")
-    tab.show(".bn-dashboard")
-    tab.wait_text(STATUS, "next:")
-    return tab
 
 
 def opened(tab, title):

@@ -634,6 +634,25 @@ def test_a_graph_that_takes_too_much_is_not_kept():
     assert engine.inner.path.stretches[0].live is None and engine.inner.path.stretches[0].length == 44
 
 
+def test_a_pass_that_fails_leaves_nothing_in_the_graph():
+    class Partly(Inner):
+        def training_step(self, batch):
+            return self.module[0](batch[0]).square().mean() + self.outer().exp().sum() * self.module[0].weight.square().sum()
+
+    def built(allow_unused):
+        return program(cls=Partly, config=Config(unroll_steps=10, allow_unused=allow_unused))
+
+    plain, failed = built(True), built(False)
+    failed.advance()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="does not use its parameter"):
+            failed.advance()
+    failed.inner.config.allow_unused = True
+    plain.run(13), failed.run(13 - failed.completed)
+    assert failed.inner.path.stretches[-1].live is not None
+    assert same(bits(plain), bits(failed))
+
+
 def test_a_change_by_hand_or_of_the_options_ends_the_graph():
     engine = program(make=torch.optim.Adam)
     engine.run(3)

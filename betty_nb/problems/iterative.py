@@ -157,6 +157,8 @@ class IterativeProblem(Problem):
                 stretch.live.catch_up(self._path)
         if stretch.held and not stretch.live.agrees():
             stretch.end_graph()
+        if stretch.live is not None and not self._path.passes:
+            stretch.live.begin_update()
         return stretch.live
 
     def gradient(self, loss):
@@ -164,7 +166,9 @@ class IterativeProblem(Problem):
         if live is None:
             super().gradient(loss)
         else:
-            self._gather(live.gradient_of(loss, self.config.gradient_accumulation))
+            found = live.gradient_of(loss, self.config.gradient_accumulation)
+            self._gather(found)
+            live.add(found)
         self._path.add_pass(Pass(*self._pass, given=None))
 
     def _gather(self, found):

@@ -26,11 +26,11 @@ class Live:
         self.state = self.places.state_leaves(stretch.start.state)
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
         self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
-        self.forget()
+        self.begin_update()
 
-    def forget(self):
-        "Begin to gather the gradient of an update"
-        self.gradients, self.passes = [None] * len(self.after), 0
+    def begin_update(self):
+        "Forget the gradient gathered so far, which may be that of a pass that failed"
+        self.gradients = [None] * len(self.after)
 
     def loss(self, compute, seen):
         "The loss that `compute` gives while the parameters are replaced by the tensors of the graph"
@@ -59,15 +59,16 @@ class Live:
                         module._buffers[name] = old.copy_(new)
 
     def gradient_of(self, loss, scale):
-        "Gather the gradient of `loss` / `scale`, and give it, a list along the trained parameters"
+        "The gradient of `loss` / `scale`, a list along the trained parameters"
         own = [self.after[i] for i in self.places.trained]
         found = derivative(loss, own, create_graph=self.second_order)
         if not self.second_order:
             found = [None if g is None else g.detach() for g in found]
-        found = found if scale == 1 else [None if g is None else g / scale for g in found]
+        return found if scale == 1 else [None if g is None else g / scale for g in found]
+
+    def add(self, found):
+        "Gather what `gradient_of` gave"
         self.places.gather(self.gradients, found)
-        self.passes += 1
-        return found
 
     def update(self, options):
         "Make the step with the gradient gathered, and give the parameters and the optimizer its values; False where only the optimizer's own code can make it"
@@ -77,7 +78,6 @@ class Live:
             return False
         self.after, self.after_state = by_formula(formula, optimizer, self.after, self.gradients, self.after_state, options)
         self.steps += 1
-        self.forget()
         self._copy()
         return True
 
@@ -101,7 +101,6 @@ class Live:
             self.after, self.after_state = replay.run(self.stretch, self.parameters, self.state, self.inputs, graph=self.second_order)
             self.steps = len(self.stretch.steps)
             self.gradients = replay.gathered(path.passes, self.after, self.inputs, graph=self.second_order)
-            self.passes = len(path.passes)
         self._versions = [p._version for p in self.places.own]
         return self
 
