@@ -77,6 +77,7 @@ class Engine:
         self.problems = problems
         self.global_step = 0  # the iteration in progress or done last, counted from 1
         self.stop_requested = False
+        self.goal = None  # the iteration with which the present run ends, None between runs
         self.claims = 0  # how many runs and steps have begun; between two of them somebody may change the program by hand
         self.logger, self._logger_asked, self._started = None, None, None
         self.watchers = []  # objects with before(action) and after(action), for debuggers
@@ -465,7 +466,7 @@ class Engine:
         bar = None
         try:
             while not self.stop_requested:
-                goal = start + (self.config.train_iters if iterations is None else iterations)
+                goal = self.goal = start + (self.config.train_iters if iterations is None else iterations)
                 if progress and self.is_rank_zero():
                     bar = bar or Progress(self.completed, goal)
                     bar.show(self.completed, goal, self._progress)
@@ -474,6 +475,7 @@ class Engine:
                 self.advance()
             self._check_finite()
         finally:
+            self.goal = None
             if bar is not None:
                 bar.close(self.completed, self._progress)
             if hasattr(self.logger, "flush"):

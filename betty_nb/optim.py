@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Differentiating', 'discard_closed', 'refusal', 'parameters_of', 'state_of', 'options_of', 'twin', 'reading',
-           'differentiable_step', 'formula_of', 'by_formula']
+           'differentiable_step', 'observed', 'formula_of', 'by_formula', 'quick_step']
 
-# %% ../nbs/core/24_optim.ipynb #82accd37
+# %% ../nbs/core/24_optim.ipynb #668600d3
 import torch
+from torch.optim import optimizer as _optimizer
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 # %% ../nbs/core/24_optim.ipynb #8ea05660
@@ -251,7 +252,7 @@ def _adam(p, g, state, options):
         state = {"step": torch.zeros((), dtype=torch.float64), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     step = state["step"] + 1
     t = step.item()  # on the CPU, where Adam counts
-    if decay and options.get("decoupled_weight_decay"):
+    if decay and options["decoupled_weight_decay"]:
         p = p * (1 - lr * decay)
     elif decay:
         g = g.add(p, alpha=decay)
@@ -266,13 +267,27 @@ _FORMULAS = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: 
 _UNUSUAL = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
 
 
+def observed(optimizer):
+    "Whether somebody asked to be called at each step of `optimizer`, or replaced it"
+    own = vars(optimizer).get("step")  # a scheduler puts a wrapper there
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or _every.pre or _every.post
+    return bool(hooks) or own is not None and not hasattr(own, "_wrapped_by_lr_sched")
+
+
+class _every:
+    "The hooks that are called at the steps of all optimizers"
+
+    pre, post = _optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks
+
+
 def formula_of(optimizer, options, parameters):
     "The function (parameter, gradient, state, options) -> (parameter, state) for a step of `optimizer`, None where its own code has to run"
     formula = _FORMULAS.get(type(optimizer))
-    if formula is None or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if formula is None or observed(optimizer):
         return None
     numbers = all(not isinstance(v, torch.Tensor) for group in options for v in group.values())
     known = formula is _sgd or all(group[k] in (v, False) for group in options for k, v in _UNUSUAL.items())
+    known = known and (formula is _sgd or all("decoupled_weight_decay" in group for group in options))  # torch 2.6 has none
     plain = all(p.dtype in (torch.float32, torch.float64, torch.bfloat16) and not p.is_sparse for p in parameters)
     return formula if numbers and known and plain else None
 
@@ -283,3 +298,93 @@ def by_formula(formula, optimizer, parameters, gradients, state, options):
     states = state or [{}] * len(parameters)
     pairs = [(p, s) if g is None else formula(p, g, s, group) for p, g, s, group in zip(parameters, gradients, states, groups)]
     return [p for p, _ in pairs], [s for _, s in pairs]
+
+# %% ../nbs/core/24_optim.ipynb #1ee0b792
+def quick_step(optimizer):
+    "Make the next step of `optimizer`, to the bit as its own code does; False, with nothing done, where that code has to run"
+    rule = _IN_PLACE.get(type(optimizer))
+    if rule is None or observed(optimizer):
+        return False
+    steps = []
+    for group in optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if parameters:
+            lists = _lists(group, parameters, optimizer.state, rule is _adam_in_place)
+            if lists is None:
+                return False
+            steps.append((group, lists))
+    with torch.no_grad():
+        for group, lists in steps:
+            for part in _parts(lists):
+                rule(group, *part)
+    optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
+    return True
+
+
+def _lists(group, parameters, states, adam):
+    "Parameters, gradients and the state of a group, as lists of tensors; None where something is unusual"
+    gradients = [p.grad for p in parameters]
+    on_cpu = parameters[0].device.type == "cpu"
+    usual = all(p.dtype in _PLAIN and type(g) is torch.Tensor and not g.is_sparse for p, g in zip(parameters, gradients))
+    foreach = on_cpu or group["foreach"] in (None, True)  # what torch itself takes
+    if not usual or not foreach or group["fused"] or group["differentiable"] or any(isinstance(v, torch.Tensor) for v in group.values()):
+        return None
+    if not adam:
+        if not group["momentum"]:
+            return parameters, gradients
+        own = [states[p].get("momentum_buffer") if p in states else None for p in parameters]
+        return None if any(buffer is None for buffer in own) else (parameters, gradients, own)
+    own = [states.get(p) for p in parameters]
+    if not all(own) or group["capturable"] or "decoupled_weight_decay" not in group or len({s["step"].item() for s in own}) > 1:
+        return None
+    names = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+    return parameters, gradients, *([s[name] for s in own] for name in names)
+
+
+def _parts(lists, most=1 << 16):
+    "The `lists` in parts, of at most so many numbers a tensor and part on the CPU"
+    sizes = [p.numel() for p in lists[0]]
+    if sum(sizes) <= most or lists[0][0].device.type != "cpu":
+        return [lists]
+    parts, begin, total = [], 0, 0
+    for i, size in enumerate([*sizes, most]):
+        if i > begin and total + size > most:
+            parts.append([one[begin:i] for one in lists])
+            begin, total = i, 0
+        total += size
+    return parts
+
+
+def _sgd_in_place(group, parameters, gradients, buffers=None):
+    gradients = torch._foreach_neg(gradients) if group["maximize"] else gradients
+    if group["weight_decay"]:
+        gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+    if buffers is not None:
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, gradients, alpha=1 - group["dampening"])
+        gradients = torch._foreach_add(gradients, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+    torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
+
+
+def _adam_in_place(group, parameters, gradients, steps, means, squares, largest=None):
+    lr, decay, (b1, b2) = group["lr"], group["weight_decay"], group["betas"]
+    torch._foreach_add_(steps, 1)
+    t = steps[0].item()  # on the CPU, where Adam counts
+    gradients = torch._foreach_neg(gradients) if group["maximize"] else gradients
+    if decay and group["decoupled_weight_decay"]:
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+    elif decay:
+        gradients = torch._foreach_add(gradients, parameters, alpha=decay)
+    torch._foreach_lerp_(means, gradients, 1 - b1)
+    torch._foreach_mul_(squares, b2)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - b2)
+    if largest is not None:
+        torch._foreach_maximum_(largest, squares)
+    roots = torch._foreach_sqrt(squares if largest is None else largest)
+    torch._foreach_div_(roots, (1 - b2**t) ** 0.5)
+    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_addcdiv_(parameters, means, roots, value=-(lr / (1 - b1**t)))
+
+
+_IN_PLACE = {torch.optim.SGD: _sgd_in_place, torch.optim.Adam: _adam_in_place, torch.optim.AdamW: _adam_in_place}
+_PLAIN = (torch.float32, torch.float64)  # in half precision, torch rounds the factors of lists and of single tensors differently

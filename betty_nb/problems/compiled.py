@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..hypergradient.method import RandomState, flatten, unflatten
+from ..optim import observed
 from .problem import Problem
 
 # %% ../../nbs/core/29_compiled.ipynb #22027d3a
@@ -219,7 +220,7 @@ class Updates:
         """A list of (rule, flags, numbers, parameters, states) for `descend`.
 
         None where the optimizer has to make its step itself, and [] where it has to make its first step, for the state it keeps."""
-        if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) or self._observed(optimizer):
+        if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) or observed(optimizer):
             return None
         made, adam = [], type(optimizer) is not torch.optim.SGD
         for i, group in enumerate(optimizer.param_groups):
@@ -243,13 +244,6 @@ class Updates:
             torch.autograd.graph.increment_version(group[3])
 
     @staticmethod
-    def _observed(optimizer):
-        "Whether somebody asked to be called at each step, or replaced it"
-        own = vars(optimizer).get("step")
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        return bool(hooks) or own is not None and not hasattr(own, "_wrapped_by_lr_sched")
-
-    @staticmethod
     def _sgd(group, parameters, state):
         lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
         if not _plain(lr, momentum, decay) or group["differentiable"]:
@@ -269,7 +263,9 @@ class Updates:
         steps = {s["step"].item() for s in own if s}
         if len(steps) != 1:
             return None if steps else []
-        t, decoupled = steps.pop() + 1, group["decoupled_weight_decay"]
+        t, decoupled = steps.pop() + 1, group.get("decoupled_weight_decay")
+        if decoupled is None:  # torch 2.6
+            return None
         names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
         weight = 1 - lr * decay if decoupled else decay
         values = (1 - b1, b2, 1 - b2, lr / (1 - b1**t), (1 - b2**t) ** 0.5, eps, weight)

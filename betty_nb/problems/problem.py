@@ -18,6 +18,7 @@ import torch
 from ..configs import Config
 from ..distributed import ALONE
 from ..hypergradient.method import RandomState, unflatten
+from ..optim import quick_step
 
 # %% ../../nbs/core/22_problems.ipynb #630a0fd0
 def to_device(batch, device):
@@ -213,7 +214,7 @@ class Problem:
 
     def custom_optimizer_step(self):
         "Override to update the parameters without `self.optimizer`"
-        self.optimizer.step()
+        quick_step(self.optimizer) or self.optimizer.step()
 
     # Parameters
 
