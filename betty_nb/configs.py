@@ -44,7 +44,7 @@ class Options:
         meta = {k: v for k, v in f.metadata.items() if k not in ("only", "why")}
         check_option(where, f.type, value, **meta)
         only = f.metadata.get("only")
-        if only is not None and value not in only:
+        if only is not None and not any(isinstance(value, type(one)) and value == one for one in only):  # 1 is not True
             why = f.metadata.get("why", "")
             raise ValueError(f"{where} must be {' or '.join(map(repr, only))}, got {value!r}{why}.")
 
@@ -80,8 +80,9 @@ class Config(Options):
     cg_alpha: float = option(1.0, "accepted for Betty programs; it scales both sides of the system, so the solution does not depend on it", above=0.0)
     precision: str = choice("fp32", "arithmetic of the level's loss, also in the passes of a hypergradient; 'bf16' and 'fp16' by torch.autocast",
                             "fp32", "bf16", "fp16")  # fmt: skip
-    compile: bool = option(False, "trace the level once and run its descents and Hessian-vector products as compiled code; what can't be compiled (a level with a hypergradient "
-                           "of its own or an IterativeProblem, precision='fp16', several processes, a training_step that can't be traced) is said and goes on as usual")  # fmt: skip
+    compile: object = choice(False, "trace the level and run its descents and Hessian-vector products as compiled code: True as soon as that pays, 'now' at the first chance; what can't be "
+                             "compiled (a level with a hypergradient of its own or an IterativeProblem, precision='fp16', several processes, a training_step that can't be traced) is said and "
+                             "goes on as usual", False, True, "now")  # fmt: skip
     initial_dynamic_scale: float = option(4096.0, "first loss scale of fp16", above=0.0)
     scale_factor: float = option(2.0, "the loss scale of fp16 is divided by this when it overflows, and multiplied after 2000 updates that did not", above=1.0)
     darts_multitask: bool = option(False, "for type='darts': each hypergradient also moves the level down the upper loss, by darts_alpha")

@@ -366,7 +366,7 @@ class Engine:
             result = hypergradient(self.graph, self._levels, p.name, loss=loss)
             p.add_gradient(result.total)
             if self._logs(p, p.count + 1):
-                self._shown[p.name] = result.total
+                self._shown[p.name] = result.total  # another one than the gradient, which is going to be clipped
             for j, passage in result.passages.items():
                 self._levels[j].settle(p.name, passage)
         else:

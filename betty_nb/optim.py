@@ -307,11 +307,10 @@ def quick_step(optimizer):
         return False
     steps = []
     for group in optimizer.param_groups:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if parameters:
-            lists = _lists(group, parameters, optimizer.state, rule is _adam_in_place)
-            if lists is None:
-                return False
+        lists = _lists(group, optimizer.state, rule is _adam_in_place)
+        if lists is None:
+            return False
+        if lists[0]:
             steps.append((group, lists))
     with torch.no_grad():
         for group, lists in steps:
@@ -321,30 +320,37 @@ def quick_step(optimizer):
     return True
 
 
-def _lists(group, parameters, states, adam):
-    "Parameters, gradients and the state of a group, as lists of tensors; None where something is unusual"
-    gradients = [p.grad for p in parameters]
-    on_cpu = parameters[0].device.type == "cpu"
-    usual = all(p.dtype in _PLAIN and type(g) is torch.Tensor and not g.is_sparse for p, g in zip(parameters, gradients))
-    foreach = on_cpu or group["foreach"] in (None, True)  # what torch itself takes
-    if not usual or not foreach or group["fused"] or group["differentiable"] or any(isinstance(v, torch.Tensor) for v in group.values()):
+def _lists(group, states, adam):
+    "Parameters with a gradient, their gradients and state, as lists of tensors; None where something is unusual"
+    numbers = (group["lr"], group["weight_decay"], *(group["betas"] if adam else (group["momentum"], group["dampening"])))
+    if not set(map(type, numbers)) <= {float, int} or group["fused"] or group["differentiable"]:
         return None
-    if not adam:
-        if not group["momentum"]:
-            return parameters, gradients
-        own = [states[p].get("momentum_buffer") if p in states else None for p in parameters]
-        return None if any(buffer is None for buffer in own) else (parameters, gradients, own)
-    own = [states.get(p) for p in parameters]
-    if not all(own) or group["capturable"] or "decoupled_weight_decay" not in group or len({s["step"].item() for s in own}) > 1:
-        return None
-    names = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-    return parameters, gradients, *([s[name] for s in own] for name in names)
+    parameters, gradients = [], []
+    for p in group["params"]:
+        g = p.grad
+        if g is None:
+            continue
+        foreach = p.is_cpu or group["foreach"] in (None, True)  # what torch itself takes
+        if type(g) is not torch.Tensor or g.dtype not in _PLAIN or g.is_sparse or not foreach:
+            return None
+        parameters.append(p)
+        gradients.append(g)
+    if adam:
+        own = [states.get(p) for p in parameters]
+        if not all(own) or group["capturable"] or "decoupled_weight_decay" not in group or len({s["step"].item() for s in own}) > 1:
+            return None
+        names = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        return parameters, gradients, *([s[name] for s in own] for name in names)
+    if not group["momentum"]:
+        return parameters, gradients
+    buffers = [states[p].get("momentum_buffer") if p in states else None for p in parameters]
+    return None if any(buffer is None for buffer in buffers) else (parameters, gradients, buffers)
 
 
 def _parts(lists, most=1 << 16):
     "The `lists` in parts, of at most so many numbers a tensor and part on the CPU"
     sizes = [p.numel() for p in lists[0]]
-    if sum(sizes) <= most or lists[0][0].device.type != "cpu":
+    if sum(sizes) <= most or not lists[0][0].is_cpu:
         return [lists]
     parts, begin, total = [], 0, 0
     for i, size in enumerate([*sizes, most]):

@@ -4,6 +4,7 @@ import logging
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -16,7 +17,7 @@ from betty_nb.benchmarks.by_hand import by_hand
 from betty_nb.benchmarks.measure import Program, interleaved
 from betty_nb.benchmarks.workloads import workload
 from betty_nb.hypergradient.method import Linearization, undisturbed
-from betty_nb.problems.compiled import CompileWarning
+from betty_nb.problems.compiled import Account, Compiler, CompileWarning
 from tests.programs import BOTH, Vector, bits, noisy_program, pair, ridge_program
 from tests.repo import ROOT, child_env
 
@@ -79,7 +80,7 @@ def compare(steps=10, meanwhile=lambda engine, i: None, **options):
     "The relative difference between a run with compiled code and one without, and the engine of the former"
     found = []
     for on in (False, True):
-        engine = program(compile=on, **options)
+        engine = program(compile=on and "now", **options)
         for i in range(steps):
             meanwhile(engine, i)
             engine.run(1)
@@ -146,7 +147,7 @@ def test_live_program():
             meanwhile.on = True
         if i == 5 and meanwhile.on:
             assert inner.compiled is None
-            inner.config.compile = True
+            inner.config.compile = "now"
             assert "compiled in" in str(inner.compiled)
         if i == 6:
             inner.optimizer.param_groups[0]["lr"] = 0.01
@@ -201,7 +202,7 @@ def test_a_step_that_cannot_be_traced_is_named_and_goes_on(capsys):
 def test_debugger_goes_back_and_forth_bit_for_bit():
     def ready(compile):
         engine = noisy_program("darts")  # dropout, BatchNorm, Adam, a scheduler, shuffled data
-        engine.inner.config.compile, engine.inner.config.gradient_clipping = compile, 0.0
+        engine.inner.config.compile, engine.inner.config.gradient_clipping = compile and "now", 0.0
         return engine, Debugger(engine)
 
     engine, debugger = ready(True)
@@ -250,7 +251,7 @@ def test_products_of_one_point_see_one_mask_and_leave_one_evaluation_behind():
     engine.run(2)
     found = []
     for on in (False, True, True):
-        inner.config.compile = on
+        inner.config.compile = on and "now"
         torch.manual_seed(7)
         before, calls = torch.get_rng_state(), inner.module.calls.item()
         found.append(torch.cat([t.reshape(-1) for t in engine.probe("outer").indirect]))
@@ -270,7 +271,7 @@ def test_products_of_one_point_see_one_mask_and_leave_one_evaluation_behind():
 def test_hypergradients(method):
     found, options = [], {"cg": {"cg_iterations": 20}, "neumann": {"neumann_iterations": 5, "neumann_alpha": 0.3}}.get(method, {})
     for on in (False, True):
-        engine, formula = ridge_program(method, compile=on, **options)
+        engine, formula = ridge_program(method, compile=on and "now", **options)
         found.append(engine.probe("outer"))
     a, b = (torch.cat(f.total) for f in found)
     assert apart(a, b) < (1e-5 if method == "darts" else 1e-10), apart(a, b)
@@ -294,9 +295,11 @@ def test_what_is_not_compiled_is_said():
 def test_the_switch_of_the_debugger():
     engine, _ = ridge_program("cg")
     debugger = Debugger(engine)
-    assert debugger.compile("inner").summary() == "inner: not compiled -> compiled, from the next action on." and engine.inner.config.compile
+    assert debugger.compile("inner").summary() == "inner: not compiled -> compiled, from the next action on." and engine.inner.config.compile == "now"
     assert debugger.timeline_record().marks[-1].text == "not compiled -> compiled"
     assert debugger.compile("inner", False).after == "not compiled" and not engine.inner.config.compile
+    engine.inner.config.compile = True
+    assert debugger.compile("inner").before == "compiled as soon as it pays" and engine.inner.config.compile == "now"
     recorded = Debugger(noisy_program("unroll"))
     with pytest.raises(ValueError, match="can't be compiled: the steps of its unroll are recorded one by one"):
         recorded.compile("inner")
@@ -312,6 +315,120 @@ def test_without_a_compiler():
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.warns(CompileWarning, match="torch finds no compiler here: install"):
         off, _ = compare(4, step=step)
     assert off == 0
+
+
+# compile=True: as soon as it pays
+
+
+def moved(name, method, steps, **options):
+    "All parameters of a workload after some steps of its upper level, and the engine"
+    side = Program(workload(name), method, **options)
+    side.run(steps)
+    return torch.cat([p.detach().reshape(-1) for module in side.work.modules.values() for p in module.parameters()]), side.engine
+
+
+def short_runs():
+    "For a process in which nothing has been compiled yet"
+    for method in ("darts", "cg"):
+        a, b = moved("logistic", method, 200), moved("logistic", method, 200, compile=True)
+        assert torch.equal(a[0], b[0])
+        assert b[1].inner.steps == 1000 and not b[1].inner.compiled.programs
+        assert "not compiled: pays after about" in repr(b[1].inner) and "not compiled: pays after about" in str(b[1].summary())
+    assert "torch._inductor.compile_fx" not in sys.modules and not Compiler._started
+
+
+def test_a_short_run_is_left_to_the_usual_way():
+    "A thousand steps: torch's compiler is not even loaded, and the bits are the usual ones"
+    code = "from tests.test_compiled import short_runs; short_runs()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child_env(), check=True)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    "Compiling is expected to take no time"
+    monkeypatch.setattr(Compiler, "start", 0.0)
+    monkeypatch.setattr(Compiler, "each", 1e-12)
+    monkeypatch.setattr(Compiler, "took", lambda seconds, expected: None)
+
+
+@pytest.fixture
+def after_200(monkeypatch):
+    "Compiling pays after 200 calls, however long they take"
+    monkeypatch.setattr(Account, "least_calls", lambda self: 200 if self.calls >= self.sure else None)
+
+
+@compiler
+@pytest.mark.parametrize("method, expected", [("cg", {"step", "Hessian", "mixed"}), ("darts", {"step", "upper"})])
+def test_a_long_run_is_compiled(method, expected, cheap):
+    a, b = moved("logistic", method, 40), moved("logistic", method, 40, compile=True)
+    compiled = b[1].inner.compiled
+    assert set(compiled.programs) == expected
+    assert compiled.accounts["step"].calls <= Account.sure + 1 and compiled.accounts["step"].operations == 10
+    assert apart(a[0], b[0]) < 1e-4, apart(a[0], b[0])
+    assert "compiled in" in repr(b[1].inner) and "pays" not in repr(b[1].inner)
+
+
+@compiler
+def test_what_counts_are_the_steps_to_come_and_those_that_were_made(after_200):
+    def steps_in_the_usual_way(*runs):
+        engine = program(compile=True)
+        for n in runs:
+            engine.run(n)
+        return engine.inner.compiled.accounts["step"].calls, variants(engine)
+
+    assert steps_in_the_usual_way(150) == (149, {})  # without the first, which is always made in the usual way
+    assert steps_in_the_usual_way(1000) == (11, {"step": 1})
+    assert steps_in_the_usual_way(150, 1000) == (150, {"step": 1})
+    assert steps_in_the_usual_way(*[50] * 6) == (202, {"step": 1}), "many short runs"
+    engine = program(compile=True)
+    for _ in range(300):
+        engine.by_hand("inner")
+    assert (engine.inner.compiled.accounts["step"].calls, variants(engine)) == (202, {"step": 1})
+
+
+@compiler
+def test_what_was_computed_in_the_usual_way_is_repeated_so(after_200):
+    debugger = Debugger(moved("logistic", "cg", 1, compile=True)[1])
+    engine = debugger.engine
+    debugger.run(400).wait(120)
+    compiled, end = engine.inner.compiled, bits(engine)
+    assert compiled.accounts["step"].since < 50 and set(compiled.programs) == {"step", "Hessian", "mixed"}
+    debugger.back(debugger.state.index - 5)
+    assert engine.completed < 10
+    debugger.run(405 - engine.completed).wait(120)
+    assert all(map(torch.equal, end, bits(debugger.engine)))
+
+
+@compiler
+def test_live_change_of_when():
+    engine = program(compile=True)
+    engine.run(30)
+    assert variants(engine) == {} and "pays after about" in repr(engine.inner)
+    engine.inner.config.compile = "now"
+    engine.run(1)
+    assert variants(engine) == {"step": 1} and "compiled in" in repr(engine.inner)
+    engine.inner.config.compile = False
+    engine.run(1)
+    assert engine.inner.compiled is None and "compiled" not in repr(engine.inner)
+    engine.inner.config.compile = True
+    engine.run(3)
+    assert engine.inner.compiled.steps == 3, "what has been compiled is used"
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("name", ["logistic", "reweighting_mlp"])
+def test_a_thousand_steps_take_no_longer_than_without(name):
+    def seconds(**options):
+        side = Program(workload(name), "darts", **options)
+        start = time.thread_time()
+        side.run(200)
+        assert side.engine.inner.steps == 1000
+        return time.thread_time() - start
+
+    seconds()
+    ratios = [1 / (seconds() / seconds(compile=True)) if i % 2 else seconds(compile=True) / seconds() for i in range(5)]
+    print(f"{name}: {statistics.median(ratios):.3f} of the usual time")
+    assert statistics.median(ratios) <= 1.05, ratios
 
 
 def test_nothing_is_loaded_until_it_is_asked_for():
@@ -337,7 +454,7 @@ def test_a_small_level_takes_half_the_time_of_the_loop_by_hand():
 
     class Ours:
         def __init__(self, work):
-            self.engine = Program(work, "darts", compile=True).engine
+            self.engine = Program(work, "darts", compile="now").engine
 
         def run(self, n):
             for _ in range(n):

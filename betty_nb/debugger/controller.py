@@ -563,12 +563,12 @@ class Debugger:
     def compile(self, level, on=True):
         "From the next action on, run the steps of `level` and its Hessian-vector products as compiled code, or no longer"
         p = self.engine.level(level)
-        before, p.config.compile = p.config.compile, bool(on)
+        before, p.config.compile = p.config.compile, "now" if on else False
         if on and (why := p.compiled.refusal()):
             p.config.compile = before
             raise ValueError(f"Level {p.name!r} can't be compiled: {why}.")
-        words = ["compiled" if x else "not compiled" for x in (before, on)]
-        if before != bool(on):
+        words = ["compiled as soon as it pays" if x is True else "compiled" if x else "not compiled" for x in (before, p.config.compile)]
+        if words[0] != words[1]:
             self.timeline.mark("swap", p.name, " -> ".join(words))
         self._notify()
         return Swapped(p.name, *words)

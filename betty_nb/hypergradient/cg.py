@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, option, register
+from .method import NON_FINITE, LinearSolve, Solve, option, register, select
 
 # %% ../../nbs/core/03_cg.ipynb #68fbf969
 class Orthogonal:
@@ -102,7 +102,7 @@ class CG(LinearSolve):
             pairs = [*pairs, (p, hp)][-self.directions :] if self.warm_start and self.directions else pairs
             # At the first step that can't be made w comes to rest, whatever becomes of r and p.
             going = going & (rr > floor) & (step > 0)
-            w = torch.where(going, torch.addcmul(w, step, p), w)
+            w = select(going, torch.addcmul(w, step, p), w)
             kept.add(r)
             r = kept.clean(torch.addcmul(r, step, hp, value=-1))
             before, rr = rz, r @ r
@@ -110,7 +110,7 @@ class CG(LinearSolve):
                 z, rz = r, rr
             else:
                 helps = rr <= squares[0] if helps is None else helps  # where the first step makes the residual longer, H is another one now
-                z = torch.where(helps, precondition(r), r)
+                z = select(helps, precondition(r), r)
                 rz = r @ z
                 before = before if made else torch.where(helps, before, torch.inf)  # or begin anew, without
             p = torch.addcmul(z, rz / before, p)
@@ -155,4 +155,4 @@ class CG(LinearSolve):
         start = learned[0]
         r = vector - product(start)
         better = torch.linalg.vector_norm(r) < torch.linalg.vector_norm(vector)
-        return torch.where(better, start, torch.zeros_like(vector)), torch.where(better, r, vector)
+        return select(better, start, torch.zeros_like(vector)), select(better, r, vector)

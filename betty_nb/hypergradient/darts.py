@@ -26,11 +26,19 @@ def central_difference(
     plus = level.gradient_at(displacement)
     rng.restore()
     minus = level.gradient_at(displacement.neg_())  # in place: one copy of the level is held, and no more
-    parts, distance = {}, 2 * radius
-    for name in plus:
-        pairs = zip(plus[name], minus[name])
-        parts[name] = [None if p is None or m is None else (m - p) / distance for p, m in pairs]
+    parts = {name: _quotients(minus[name], plus[name], 2 * radius) for name in plus}
     return parts, displacement.neg_()
+
+
+def _quotients(a, b, distance):
+    "(a - b) / distance for lists of tensors, None where one of the two is None"
+    both = [x is not None and y is not None for x, y in zip(a, b)]
+    if not any(both):
+        return [None] * len(both)
+    differences = torch._foreach_sub([x for x, is_there in zip(a, both) if is_there], [y for y, is_there in zip(b, both) if is_there])
+    torch._foreach_div_(differences, distance)
+    quotients = iter(differences)
+    return [next(quotients) if is_there else None for is_there in both]
 
 
 @register("darts")

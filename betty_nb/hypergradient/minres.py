@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, finite, noise, option, register, single
+from .method import NON_FINITE, LinearSolve, Solve, finite, noise, option, register, select, single
 
 # %% ../../nbs/core/09_minres.ipynb #9d8dea6a
 @register("minres")
@@ -50,7 +50,7 @@ class MinRes(LinearSolve):
             d, d_old = _divided(q - near * d - far * d_old, diagonal, 0.0), d
             sine_old, cosine_old = sine, cosine
             cosine, sine = _divided(here, diagonal, 0.0), _divided(beta_new, diagonal, 0.0)
-            w = torch.where(live, w + cosine * rest * d, w)
+            w = select(live, w + cosine * rest * d, w)
             rest = torch.where(live, -sine * rest, rest)
             q_old, q, beta = q, _divided(z, beta_new, eps * size), beta_new
             residuals.append(_ratio(rest.abs(), norm))

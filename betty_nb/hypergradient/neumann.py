@@ -79,11 +79,11 @@ class Neumann(LinearSolve):
     alpha: float = option(1.0, "step size, below 2 / (largest eigenvalue of the Hessian); unit: 1 / curvature", above=0.0, main=True)
 
     def solve(self, hvp, vector):
-        term = total = vector
+        term, total = vector, vector.clone()
         norms = [torch.linalg.vector_norm(vector)]
         for _ in range(self.iterations):
             term = torch.sub(term, hvp(term), alpha=self.alpha)
-            total = total + term
+            total += term
             norms.append(torch.linalg.vector_norm(term))
         w = self.alpha * total
         trouble = {

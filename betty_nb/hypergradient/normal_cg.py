@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, noise, option, register, relative
+from .method import NON_FINITE, LinearSolve, Solve, noise, option, register, relative, select
 
 # %% ../../nbs/core/08_normal_cg.ipynb #449e2647
 @register("normal_cg")
@@ -36,10 +36,10 @@ class NormalCG(LinearSolve):
             broken = broken | ~torch.isfinite(curvature)
             live = (ss > floor) & (curvature > 0) & ~broken
             step = torch.where(live, ss / curvature, 0.0)
-            w, r = torch.where(live, w + step * p, w), torch.where(live, r - step * q, r)
+            w, r = select(live, w + step * p, w), select(live, r - step * q, r)
             s = hvp(r) - self.damping * w
             new = s @ s
-            p = torch.where(live, s + new / ss * p, p)
+            p = select(live, s + new / ss * p, p)
             ss = torch.where(live, new, ss)
             residuals.append(relative(r, vector))
             if self.tolerance and residuals[-1].item() <= self.tolerance:

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'Resolved', 'gradient', 'resolve']
 
-# %% ../../nbs/core/16_resolve.ipynb #3d21ffd4
-from contextlib import ExitStack, contextmanager
+# %% ../../nbs/core/16_resolve.ipynb #c7e8a6e9
 from dataclasses import dataclass
 
 import torch
 
 from .cg import CG
-from .method import Linearization, displaced, flatten, undisturbed, unflatten
+from .method import Linearization, flatten, undisturbed
 
 # %% ../../nbs/core/16_resolve.ipynb #e8aef724
 @dataclass
@@ -53,7 +52,8 @@ class _Objective:
     def both(self, step):
         "The pair (value, gradient)"
         self.evaluations += 1
-        with self._there(step):
+        aside, there = self._there(step)
+        with aside, there:
             loss = self.level.loss()
             slope = flatten(self.level.mean_derivative(loss, self.level.theta), self.level.theta)
         (loss,) = self.level.processes.mean([loss.detach()], [loss])
@@ -61,22 +61,16 @@ class _Objective:
 
     def newton_step(self, step, slope, tolerance):
         "-H^-1 slope at theta + step, by conjugate gradients"
-        with self._there(step):
+        aside, there = self._there(step)
+        with aside, there:
             here = Linearization(self.level.loss, self.level.theta, {}, problem=self.level.problem, scale=self.level.scale)
             solve = CG(iterations=min(4 * self.level.n, 1000), tolerance=tolerance).solve(here.hvp, -slope)
             self.evaluations += 1 + here.hvps
             return solve.vector
 
-    @contextmanager
     def _there(self, step):
-        "At theta + step and x + moved"
-        level = self.level
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(level.modules, torch_only=True))
-            stack.enter_context(displaced(level.theta, unflatten(step, level.theta)))
-            for x, move in (self.moved or {}).items():
-                stack.enter_context(displaced(level.wrt[x], unflatten(move, level.wrt[x])))
-            yield
+        "The contexts of theta + step and x + moved"
+        return undisturbed(self.level.modules, torch_only=True), self.level.displaced(step, self.moved)
 
 # %% ../../nbs/core/16_resolve.ipynb #80aaf6f2
 SOLVERS = ("descent", "lbfgs", "newton")

@@ -13,10 +13,10 @@ import torch
 from .darts import central_difference
 from .method import Method, RandomState, Solve, flatten, option, register, unflatten
 
-# %% ../../nbs/core/13_sama.ipynb #a2c4bf6c
+# %% ../../nbs/core/13_sama.ipynb #bf5ea332
 def _adam(group, state, g):
     b1, b2 = group["betas"]
-    t = state["step"].double() + 1 if state else 1  # torch keeps it in single precision, too coarse for b2**t
+    t = _count(state["step"]) + 1 if state else 1
     m, v = state.get("exp_avg", torch.zeros_like(g)), state.get("exp_avg_sq", torch.zeros_like(g))
     after = b2 * v + (1 - b2) * g**2
     bracket = (1 - b1) * b2 * v - (1 - b2) * b1 * g * m
@@ -40,8 +40,13 @@ def _rmsprop(group, state, g):
 
 def _adagrad(group, state, g):
     total = state["sum"]
-    rate = group["lr"] / (1 + state["step"] * group["lr_decay"])
+    rate = group["lr"] / (1 + _count(state["step"]) * group["lr_decay"])
     return _quotient(rate, 1.0, (total + g**2).sqrt(), total, group["eps"], total)
+
+
+def _count(step):
+    "The steps made so far; torch keeps them in single precision, too coarse for b2**t"
+    return step.item() if step.device.type == "cpu" else step.double()  # without waiting for a GPU
 
 
 def _quotient(rate, share, root, bracket, eps, history):
@@ -53,12 +58,17 @@ def _quotient(rate, share, root, bracket, eps, history):
 
 
 def _sgd(group, state, g):
+    return torch.full_like(g, 1.0) * _sgd_rate(group, state)
+
+
+def _sgd_rate(group, state):
+    "What an update of SGD multiplies each gradient with, its sign left out"
     momentum, factor = group["momentum"], 1.0
     if momentum and state.get("momentum_buffer") is not None:
         factor = 1 - group["dampening"]  # torch leaves the dampening out of the first step
     if group["nesterov"]:
         factor = 1 + momentum * factor
-    return torch.full_like(g, 1.0) * (group["lr"] * factor)
+    return group["lr"] * factor
 
 
 UPDATES = {
@@ -79,14 +89,32 @@ def update_derivative(
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     derivatives = []
     with torch.no_grad():
-        for p, g in zip(parameters, gradients):
-            group = groups[p]
-            sign = -1 if group["maximize"] else 1
-            g = sign * g
-            if not group.get("decoupled_weight_decay"):
-                g = g + group["weight_decay"] * p
-            derivatives.append(sign * UPDATES[type(optimizer)](group, optimizer.state.get(p, {}), g))
+        for group, own, grads in _runs(groups, optimizer.state, parameters, gradients):
+            states = [optimizer.state.get(p, {}) for p in own]
+            together = {k: v if k == "step" or v is None else flatten([s[k] for s in states]) for k, v in states[0].items()}
+            g = -flatten(grads) if group["maximize"] else flatten(grads)
+            if group["weight_decay"] and not group.get("decoupled_weight_decay"):
+                g = g + group["weight_decay"] * flatten(own)
+            found = UPDATES[type(optimizer)](group, together, g)
+            derivatives += unflatten(-found if group["maximize"] else found, own)
     return derivatives
+
+
+def _runs(groups, states, parameters, gradients, most=1 << 16):
+    "Parameters that follow each other and share group and count of steps, of at most so many numbers where they are several: (group, parameters, gradients)"
+    runs, known = [], None
+    for p, g in zip(parameters, gradients):
+        state = states.get(p) or {}
+        step = state.get("step")
+        shared = id(groups[p]), tuple(state), step is None or step.device.type == "cpu" and step.item(), p.dtype, p.device
+        size = p.numel() + (size if shared == known else 0)
+        if shared == known and shared[2] is not False and size <= most:
+            runs[-1][1].append(p)
+            runs[-1][2].append(g)
+        else:
+            runs.append((groups[p], [p], [g]))
+            known, size = shared, p.numel()
+    return runs
 
 # %% ../../nbs/core/13_sama.ipynb #23a535e2
 @register("sama")
@@ -116,17 +144,22 @@ class Sama(Method):
         if sentence := self.refuses(level.problem):
             raise ValueError(f"Level {level.name!r}: {sentence}")
         scale, trouble = self._scale(level, level.problem.optimizer)
-        adapted = scale * vector
+        adapted = vector if scale is None else scale * vector
         trouble["no response"] = (
-            ~adapted.any() & vector.any(),
+            lambda: ~adapted.any() & vector.any(),
             "The optimizer's next update does not respond to the gradient (a learning rate of zero, or no gradient at all), so nothing was pulled back.",
         )
         parts, displacement = central_difference(level, adapted, self.alpha)
         return parts, Solve(adapted, trouble=trouble, shift=-displacement if self.multitask else None)
 
     def _scale(self, level, optimizer):
-        "The diagonal D (n,), and what is to be said about it"
+        "The diagonal D (n,), None for the identity, and what is to be said about it"
         if type(optimizer) is torch.optim.SGD:
+            groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+            rates = [_sgd_rate(groups[p], optimizer.state.get(p, {})) for p in level.theta]
+            plain = type(rates[0]) is float and rates[0] > 0 and not any(group["maximize"] for group in optimizer.param_groups)
+            if plain and all(type(rate) is float and rate == rates[0] for rate in rates):  # all parameters answer alike
+                return None, {}
             scale = flatten(update_derivative(optimizer, level.theta, level.theta))
             return scale / scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny), {}
         rng = RandomState(torch_only=True)

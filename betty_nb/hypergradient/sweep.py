@@ -40,7 +40,7 @@ class Hypergradient:
 
     @property
     def total(self):
-        return [d + i for d, i in zip(self.direct, self.indirect)]
+        return list(torch._foreach_add(self.direct, self.indirect))
 
 # %% ../../nbs/core/05_sweep.ipynb #08cc63a5
 def hypergradient(

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['TotalLinearization', 'difference', 'step_length']
 
-# %% ../../nbs/core/06_total.ipynb #23ccda85
-from contextlib import ExitStack
-
+# %% ../../nbs/core/06_total.ipynb #ef43a4bc
 import torch
 
-from .method import Linearization, LinearSolve, RandomState, displaced, flatten, unflatten
+from .method import Linearization, LinearSolve, RandomState, displaced_all, flatten, unflatten
 
 # %% ../../nbs/core/06_total.ipynb #bfa2cec5
 class TotalLinearization(Linearization):
@@ -66,10 +64,8 @@ class TotalLinearization(Linearization):
 
     def _total_gradient(self, steps):
         "The total gradient of the level's loss, as {target: list of tensors}, with levels moved by `steps`, {name: (n,)}, and those below along"
-        with ExitStack() as stack:
-            for name, step in {**self._tangents(steps), **steps}.items():
-                parameters = self._parameters(name)
-                stack.enter_context(displaced(parameters, unflatten(step, parameters)))
+        moves = {**self._tangents(steps), **steps}
+        with displaced_all((self._parameters(name), step) for name, step in moves.items()):
             self.rng.restore()
             direct, indirect = self.inner.run()
         return {t: [a + b for a, b in zip(direct[t], indirect[t])] for t in direct}

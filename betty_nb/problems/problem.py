@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -285,11 +285,16 @@ class Problem:
         "The next batch, on the level's device; one of each loader where there are several"
         if self.train_data_loader is None:
             return None
-        drawn = [source.next() for source in self.sources()]
+        sources = self.sources()
+        if len(sources) == 1:
+            batch, new_epoch = sources[0].next()
+            if new_epoch:
+                self.epoch_callback()
+            return to_device(batch, self.device)
+        drawn = [source.next() for source in sources]
         if any(new_epoch for _, new_epoch in drawn):
             self.epoch_callback()
-        batches = [to_device(batch, self.device) for batch, _ in drawn]
-        return batches[0] if len(batches) == 1 else tuple(batches)
+        return tuple(to_device(batch, self.device) for batch, _ in drawn)
 
     def sources(self):
         "The Source of each loader"
@@ -379,8 +384,11 @@ class Problem:
 
     def evaluate(self, batch):
         "The pair (loss on `batch`, a scalar tensor with its graph; the other entries of its dictionary), computed in the level's precision"
-        with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
+        if self.autocast is None:
             result = self.training_step(batch) if self._takes_batch else self.training_step()
+        else:
+            with torch.autocast(self.device.type, self.autocast):
+                result = self.training_step(batch) if self._takes_batch else self.training_step()
         return self._split(result)
 
     def loss(self):

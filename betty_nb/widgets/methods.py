@@ -84,7 +84,7 @@ class MethodsPanel(W.VBox):
         )
         self.compiled = W.Checkbox(
             description="compiled",
-            tooltip="Run the steps and Hessian-vector products of this level as compiled code; compiling takes some seconds at its next steps",
+            tooltip="Run the steps and Hessian-vector products of this level as compiled code, from now on; compiling takes some seconds at its next steps",
             indent=False,
             layout=W.Layout(width="auto"),
         )
@@ -122,7 +122,9 @@ class MethodsPanel(W.VBox):
             self.dashboard.do("switching compiled code", self.switch_compiled, on)
 
     def is_compiled(self):
-        return self.dashboard.debugger.engine.level(self.through.value).config.compile
+        "Whether the level runs as compiled code, or will at its next step"
+        p = self.dashboard.debugger.engine.level(self.through.value)
+        return p.config.compile == "now" or bool(p.config.compile and p.compiled.seconds)
 
     def switch_compiled(self, on):
         "Compile the level, or no longer (on the worker's thread)."
@@ -190,7 +192,7 @@ class MethodsPanel(W.VBox):
         if not receives:
             put(self.said, value="<p>No hypergradient passes through any level, so there is no method to choose.</p>")
             return
-        key = self.dashboard.selected, tuple(l.method for l in state.levels)
+        key = self.dashboard.selected, tuple(l.method for l in state.levels), self.is_compiled()
         if key == self.seen:
             return
         if (self.seen is None or self.seen[0] != key[0]) and self.dashboard.selected in receives and self.comparison is None:
