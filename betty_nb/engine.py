@@ -587,17 +587,28 @@ class Engine:
     def probe(self, level, methods=None, take=hypergradient, **options):
         "`take` (the Hypergradient by default) at the present parameters and batches, leaving no trace: neither in buffers nor in generators nor in the data"
         name = self.level(level).name
-        with self._lock, undisturbed([p.module for p in self.problems]):
+        with self._lock:
             batches, env = {k: p.batch for k, p in self._levels.items()}, copy.deepcopy(self.env.state_dict()) if self.env is not None else None
+            unchanged = undisturbed([p.module for p in self.problems])
+
+            def put_back():
+                unchanged.__exit__()
+                for k, p in self._levels.items():
+                    p.batch = batches[k]
+                if env:  # a loss may act on it
+                    self.env.load_state_dict(env)
+
+            unchanged.__enter__()
             try:
                 for p in self.problems:
                     p.batch = p.peek()
                 return take(self.graph, self._levels, name, methods=methods, **options)
             finally:
-                for k, p in self._levels.items():
-                    p.batch = batches[k]
-                if env:  # a loss may act on it
-                    self.env.load_state_dict(env)
+                try:  # not `with`: an interrupt due where its end is called would keep it from running
+                    put_back()
+                except BaseException:
+                    put_back()
+                    raise
 
     # Logging
 

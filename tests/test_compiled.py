@@ -306,6 +306,38 @@ def test_the_switch_of_the_debugger():
     assert not recorded.engine.inner.config.compile
 
 
+@compiler
+def test_the_checkbox_of_the_dashboard(cheap):
+    "It shows what is the case: checked when a level that waits has been compiled, too"
+    from betty_nb.widgets.dashboard import Dashboard
+
+    engine = ridge_program("cg", compile=True)[0]
+    dashboard = Dashboard(Debugger(engine))
+    panel = dashboard.methods
+
+    def shown():
+        panel.paint(dashboard.debugger.state)
+        return panel.compiled.value
+
+    assert not shown()
+    engine.run(60)
+    assert engine.inner.compiled.seconds and shown()
+    panel.compiled.value = False
+    wait_for(lambda: engine.inner.config.compile is False)
+    assert not shown()
+    panel.compiled.value = True
+    wait_for(lambda: engine.inner.config.compile == "now")
+    assert shown()
+    dashboard.close()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_without_a_compiler():
     import torch._inductor.config as inductor
 
@@ -363,7 +395,7 @@ def test_a_long_run_is_compiled(method, expected, cheap):
     a, b = moved("logistic", method, 40), moved("logistic", method, 40, compile=True)
     compiled = b[1].inner.compiled
     assert set(compiled.programs) == expected
-    assert compiled.accounts["step"].calls <= Account.sure + 1 and compiled.accounts["step"].operations == 10
+    assert compiled.accounts["step"].calls <= Account.sure + 1 and compiled.accounts["step"].size == (10, 10)
     assert apart(a[0], b[0]) < 1e-4, apart(a[0], b[0])
     assert "compiled in" in repr(b[1].inner) and "pays" not in repr(b[1].inner)
 
@@ -378,12 +410,12 @@ def test_what_counts_are_the_steps_to_come_and_those_that_were_made(after_200):
 
     assert steps_in_the_usual_way(150) == (149, {})  # without the first, which is always made in the usual way
     assert steps_in_the_usual_way(1000) == (11, {"step": 1})
-    assert steps_in_the_usual_way(150, 1000) == (150, {"step": 1})
-    assert steps_in_the_usual_way(*[50] * 6) == (202, {"step": 1}), "many short runs"
+    assert steps_in_the_usual_way(150, 1000) == (151, {"step": 1})
+    assert steps_in_the_usual_way(*[50] * 6) == (211, {"step": 1}), "many short runs"
     engine = program(compile=True)
     for _ in range(300):
         engine.by_hand("inner")
-    assert (engine.inner.compiled.accounts["step"].calls, variants(engine)) == (202, {"step": 1})
+    assert (engine.inner.compiled.accounts["step"].calls, variants(engine)) == (211, {"step": 1})
 
 
 @compiler
@@ -418,15 +450,18 @@ def test_live_change_of_when():
 @pytest.mark.alone
 @pytest.mark.parametrize("name", ["logistic", "reweighting_mlp"])
 def test_a_thousand_steps_take_no_longer_than_without(name):
-    def seconds(**options):
-        side = Program(workload(name), "darts", **options)
-        start = time.thread_time()
-        side.run(200)
-        assert side.engine.inner.steps == 1000
-        return time.thread_time() - start
+    def ratio():
+        sides = [(Program(workload(name), "darts", compile=on), times) for on, times in zip((False, True), ([], []))]
+        for i in range(10):  # in turn, so that what else the machine does falls on both alike
+            for side, times in sides[:: 1 - 2 * (i % 2)]:
+                start = time.thread_time()
+                side.run(20)
+                times.append(time.thread_time() - start)
+        assert all(side.engine.inner.steps == 1000 for side, _ in sides)
+        return sum(sides[1][1]) / sum(sides[0][1])
 
-    seconds()
-    ratios = [1 / (seconds() / seconds(compile=True)) if i % 2 else seconds(compile=True) / seconds() for i in range(5)]
+    ratio()
+    ratios = [ratio() for _ in range(5)]
     print(f"{name}: {statistics.median(ratios):.3f} of the usual time")
     assert statistics.median(ratios) <= 1.05, ratios
 

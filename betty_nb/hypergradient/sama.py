@@ -102,7 +102,7 @@ def update_derivative(
 
 def _runs(groups, states, parameters, gradients, most=1 << 16):
     "Parameters that follow each other and share group and count of steps, of at most so many numbers where they are several: (group, parameters, gradients)"
-    runs, known = [], None
+    runs, known, size = [], None, 0
     for p, g in zip(parameters, gradients):
         state = states.get(p) or {}
         step = state.get("step")

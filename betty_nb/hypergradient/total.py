@@ -8,7 +8,7 @@ __all__ = ['TotalLinearization', 'difference', 'step_length']
 # %% ../../nbs/core/06_total.ipynb #ef43a4bc
 import torch
 
-from .method import Linearization, LinearSolve, RandomState, displaced_all, flatten, unflatten
+from .method import Linearization, LinearSolve, RandomState, displaced_all, flatten
 
 # %% ../../nbs/core/06_total.ipynb #bfa2cec5
 class TotalLinearization(Linearization):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from .method import Method, Solve, derivative, flatten, option, register, to_the_end
+from .method import Method, Solve, all_finite, derivative, flatten, option, register, select, to_the_end
 
 # %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
 def _deviation(tensors, reference):
@@ -42,10 +42,10 @@ class _Through(Method):
         finally:
             to_the_end(replay.close)
         found = [None if g is None else g.detach() for g in found]
-        finite = [torch.isfinite(g).all() for g in found if g is not None]
-        fine = torch.stack(finite).all() if len(finite) > 1 else finite[0] if finite else True
+        there = [g for g in found if g is not None]
+        fine = all_finite(there)
         trouble = self._trouble(path, fine, deviations)
-        rest = iter([None if g is None else torch.where(fine, g, 0.0) for g in found])
+        rest = iter([None if g is None else select(fine, g, torch.zeros_like(g)) for g in found])
         return {x: [next(rest) for _ in tensors] for x, tensors in level.wrt.items()}, Solve(iterations=steps, trouble=trouble)
 
     @staticmethod
@@ -64,7 +64,7 @@ class _Through(Method):
         lost = "The first steps of this unroll were not kept, since the method was a truncated one then; from the next unroll on they will be."
         return {
             "not reproduced": (torch.stack(moved).any() if moved else False, elsewhere),
-            "non-finite": (~fine if isinstance(fine, torch.Tensor) else False, wild),
+            "non-finite": (~fine, wild),
             "incomplete": (bool(path.dropped) and not getattr(self, "truncate", 0), lost),
         }
 

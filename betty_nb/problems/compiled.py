@@ -199,9 +199,9 @@ class Compiler:
 
     @classmethod
     def seconds(cls, operations):
-        "Those that compiling one function of a loss of so many operations is expected to take"
+        "Those that compiling functions of so many operations is expected to take"
         ratio = cls._taken / cls._expected if cls._expected else 1.0
-        return (0.0 if cls._started else cls.start) + ratio * cls.each * operations
+        return (0.0 if cls._started else cls.start) + max(ratio, 0.5) * cls.each * operations  # short times may be those of code that torch had kept
 
     @classmethod
     def took(cls, seconds, expected):
@@ -212,35 +212,35 @@ class Compiler:
 
 
 def operations(tensors):
-    "The number of operations in the graph of `tensors`, those that are hard to compile counted several times"
-    seen, left, count = set(), [t.grad_fn for t in tensors if t is not None], 0
+    "The pair (number of operations in the graph of `tensors`, the same with those that are hard to compile counted twenty times)"
+    seen, left, hard = set(), [t.grad_fn for t in tensors if t is not None], 0
     while left:
         node = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         left += [parent for parent, _ in node.next_functions]
-        count += 20 if "Convolution" in node.name() or "BatchNorm" in node.name() else 1
-    return count
+        hard += "Convolution" in node.name() or "BatchNorm" in node.name()
+    return len(seen), len(seen) + 19 * hard
 
 
 class Account:
     "What a function of a level takes in the usual way, and whether compiling it would pay"
 
-    sure = 10  # calls before the fastest of them is believed
+    sure = 10  # calls before the fastest of them is believed, and between two looks at the account
     least, small = 0.1, 10e-6  # what is saved: this share of a call at least, and seconds for an operation
-    programs, most = 1.0, 0.5  # what is to be compiled, in functions; the largest share of a call that is taken to be saved
+    programs, most = 1.0, 0.5  # functions to be compiled; the largest share of a call that is taken to be saved
 
     def __init__(self, problem):
-        self.problem, self.operations = problem, 0  # operations: in the graph of the loss, 0 for not known yet
-        self.calls, self.fastest = 0, math.inf  # in the usual way
+        self.problem, self.size = problem, None  # what `operations` says of the loss
+        self.calls, self.fastest, self._look = 0, math.inf, self.sure  # in the usual way; _look: calls with which to look again
         self.since = None  # own steps of the level with which compiled code begins, None as long as it does not pay
-        self.began = problem.engine.completed
+        self.began = problem.engine.completed if problem.engine else 0
 
-    def run(self, function):
+    def run(self, function, *args):
         "What `function` returns, timed"
         start = time.perf_counter()
-        made = function()
+        made = function(*args)
         self.add(time.perf_counter() - start)
         return made
 
@@ -251,20 +251,23 @@ class Account:
 
     def least_calls(self):
         "The number of calls that compiling pays for, None where that is not known yet"
-        if self.calls < self.sure or not self.operations:
+        if self.calls < self.sure or self.size is None:
             return None
-        saved = max(self.least * self.fastest, self.most * min(self.fastest, 2 * self.small * self.operations))
-        return Compiler.seconds(self.programs * self.operations) / saved
+        count, weight = self.size
+        saved = max(self.least * self.fastest, self.most * min(self.fastest, 2 * self.small * count))
+        return Compiler.seconds(self.programs * weight) / saved
 
     def pays(self):
         "Whether the calls up to the end of the run, or those made so far, are worth compiling"
-        least = self.least_calls()
+        if self.calls < self._look:
+            return False
+        self._look, least = self.calls + self.sure, self.least_calls()
         return least is not None and max(self.calls, self.to_come()) > least
 
     def to_come(self):
         "The calls expected up to the end of the present run, 0 where that is not known"
         engine = self.problem.engine
-        return 0 if engine.goal is None else (engine.goal - engine.completed) * self.calls / max(1, engine.completed - self.began)
+        return 0 if engine is None or engine.goal is None else (engine.goal - engine.completed) * self.calls / max(1, engine.completed - self.began)
 
 
 class ProductAccount(Account):
@@ -420,7 +423,7 @@ class Compiled:
         "Warn, once, that the level goes on in the usual way"
         if why not in self.said:
             self.said.add(why)
-            warnings.warn(f"Level {self.problem.name!r} goes on without compiled code, in spite of compile=True: {why}.", CompileWarning, stacklevel=2)
+            warnings.warn(f"Level {self.problem.name!r} goes on without compiled code, in spite of compile={self.problem.config.compile!r}: {why}.", CompileWarning, stacklevel=2)
 
     def serves(self):
         "Whether the level can be compiled at present; if not, it is said why"
@@ -436,8 +439,8 @@ class Compiled:
     def program(self, name, function):
         "The Program called `name`, of `function`"
         if name not in self.programs:
-            size = max((account.operations for account in self.accounts.values()), default=0)
-            self.programs[name] = Program(function, self.say, Compiler.each * size * (0.5 if name == "mixed" else 1))
+            weight = max((account.size[1] for account in self.accounts.values() if account.size), default=0)
+            self.programs[name] = Program(function, self.say, Compiler.each * weight * (0.5 if name == "mixed" else 1))
         return self.programs[name]
 
     def waiting(self, name):
@@ -467,7 +470,7 @@ class Compiled:
         if not problem.steps or not problem.config.allow_unused or not self.serves():
             return False
         if account := self.waiting("step"):
-            account.run(lambda: self._usual(account, check))
+            account.run(self._usual, account, check)
             return True
         parameters = problem.trainable_parameters()
         if any(map(_hooked, parameters)):
@@ -495,7 +498,7 @@ class Compiled:
     def _usual(self, account, check):
         "The gradient as the engine takes it"
         loss = self.problem.training_loss()
-        account.operations = account.operations or operations([loss])
+        account.size = account.size or operations([loss])
         check()
         self.problem.gradient(loss)
 
@@ -546,20 +549,20 @@ class Products:
 
     def _usual(self, function):
         made, account = self.account.run(function), self.account
-        account.operations = account.operations or round(operations(self.level.gradient) / GRADIENT)
+        account.size = account.size or tuple(round(n / GRADIENT) for n in operations(self.level.gradient))
         return made
 
     def gradient(self, name, inputs):
         "The gradient of the loss along `inputs`, a list of tensors or None; None instead of a list where it has to be found otherwise"
-        problem, level = self.compiled.problem, self.level
         if account := self.compiled.waiting(name):
-            return account.run(lambda: self._usual_gradient(account, inputs))
+            return account.run(self._usual_gradient, account, inputs)
+        problem = self.compiled.problem
         made = self.compiled.program(name, gradient)(problem, problem.batch, problem.autocast, inputs, 1)
         return None if made is None else made[2]
 
     def _usual_gradient(self, account, inputs):
         loss = self.level.loss()
-        account.operations = account.operations or operations([loss])
+        account.size = account.size or operations([loss])
         return self.level.mean_derivative(loss, inputs)
 
     # A product is evaluated from the loss on. All those of one point have to see the same random numbers and buffers, and to leave them behind, as if
@@ -600,7 +603,7 @@ def _hooked(parameter):
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
-GRADIENT = 2.5  # operations in the graph of a gradient, for one of the loss
+GRADIENT = 1.6  # operations in the graph of a gradient, for one of the loss
 
 
 def _round(number):

@@ -72,7 +72,8 @@ class IterativeProblem(Problem):
 
     def replaying(self):
         "A context in which the steps of the path can be repeated"
-        return Replay(self)
+        live = self._path.stretches[-1].live if self._path.stretches else None
+        return live.places if live is not None and live.places.path is self._path else Replay(self)
 
     def levels(self):
         "All levels of the program"
@@ -96,13 +97,16 @@ class IterativeProblem(Problem):
     def start_unroll(self):
         path = Path(self)
         own = self.optimized()
-        with Copies(own, path.others.tensors) as copies:
-            self.on_inner_loop_start()
+        found = {}
+        if own_hook(self, "on_inner_loop_start"):
+            with Copies(own, path.others.tensors) as copies:
+                self.on_inner_loop_start()
+            found = copies.found
         chosen = self.initial_tensors()
         with torch.no_grad():
             for i, tensor in chosen.items():
                 own[i].copy_(tensor)
-        path.copied = {i: source for i, source in copies.found.items() if i not in chosen}
+        path.copied = {i: source for i, source in found.items() if i not in chosen}
         path.first = path.others.seen()
         self._path = path
 

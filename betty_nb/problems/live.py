@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from ..hypergradient.method import derivative, to_the_end, twice_differentiable, undisturbed
-from ..optim import by_formula, formula_of, reading
+from ..optim import by_formula, formula_of, observed, reading
 from .path import Replay, plain_update
 
 # %% ../../nbs/core/27_live.ipynb #9d58457f
@@ -26,6 +26,7 @@ class Live:
         self.state = self.places.state_leaves(stretch.start.state)
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
         self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
+        self._options, self._formula = None, None  # the options for which `_formula` has been looked up
         self.begin_update()
 
     def begin_update(self):
@@ -73,10 +74,13 @@ class Live:
     def update(self, options):
         "Make the step with the gradient gathered, and give the parameters and the optimizer its values; False where only the optimizer's own code can make it"
         optimizer = self.problem.optimizer
-        formula = formula_of(optimizer, options, self.after) if plain_update(self.problem) else None
-        if formula is None:
+        if not plain_update(self.problem) or observed(optimizer):
             return False
-        self.after, self.after_state = by_formula(formula, optimizer, self.after, self.gradients, self.after_state, options)
+        if options != self._options:
+            self._options, self._formula = options, formula_of(optimizer, options, self.after)
+        if self._formula is None:
+            return False
+        self.after, self.after_state = by_formula(self._formula, optimizer, self.after, self.gradients, self.after_state, options)
         self.steps += 1
         self._copy()
         return True

@@ -255,6 +255,7 @@ class Replay:
         self.own, self.optimizer = problem.optimized(), problem.optimizer
         self.trained = [_position(p, self.own) for p in problem.trainable_parameters()]
         wanted = {id(p): p for p in (*self.own, *self.path.others.tensors)}
+        self._ids = [id(p) for p in (*self.path.others.tensors, *self.own)]
         self._slots, self._flat = [], []
         for module in problem.all_modules():
             self._slots += [(module._parameters, name, id(p)) for name, p in module._parameters.items() if id(p) in wanted]
@@ -301,10 +302,11 @@ class Replay:
         for name, value in self._before.items():
             setattr(self.problem, name, value)
         self._undisturbed.__exit__()
+        self._before = None
 
     def put(self, own, others):
         "Put the tensors `own` and `others` into the places of the parameters"
-        now = {**{id(p): t for p, t in zip(self.path.others.tensors, others)}, **{id(p): t for p, t in zip(self.own, own)}}
+        now = dict(zip(self._ids, (*others, *own)))
         for table, name, key in self._slots:
             table[name] = now[key]
         for module, weights, keys in self._flat:
@@ -435,7 +437,10 @@ def plain_update(problem):
 
 def own_hook(problem, hook):
     "Whether a hook is the user's"
-    return getattr(problem, hook).__module__ not in (Problem.__module__, f"{__package__}.iterative")
+    return getattr(problem, hook).__module__ not in _OURS
+
+
+_OURS = (Problem.__module__, f"{__package__}.iterative")
 
 
 def _position(tensor, tensors):
