@@ -10,6 +10,7 @@ import torch
 
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import METHODS, make_method
+from betty_nb.hypergradient.method import Restoring, displaced, twice_differentiable, undisturbed
 from tests.programs import bits, noisy_program, same
 
 
@@ -61,6 +62,25 @@ def test_an_exception_anywhere_in_a_training_step_leaves_no_trace(name):
             inner.training_step = original
         assert same(bits(debugger.engine), before), f"the exception in pass {at}"
     assert failed, "no pass of the inner level took place, so nothing was tested"
+
+
+@pytest.mark.parametrize(("context", "method"), [(displaced, "darts"), (displaced, "penalty"), (twice_differentiable, "cg"), (undisturbed, "cg"), (undisturbed, "darts")])
+def test_an_interrupt_just_before_a_context_ends_leaves_no_trace(context, method, monkeypatch):
+    "Python looks for an interrupt when it enters `__exit__`, and then nothing of it is run"
+    debugger = ready(method)
+    before, kernels, left = bits(debugger.engine), torch.backends.cuda.flash_sdp_enabled(), [1]
+
+    def interrupted(self, *error):
+        if left:
+            left.pop()
+            raise KeyboardInterrupt
+        Restoring.__exit__(self, *error)
+
+    monkeypatch.setattr(context, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        debugger.engine.probe("outer", methods={"inner": make_method(method)})
+    assert not left and same(bits(debugger.engine), before)
+    assert torch.backends.cuda.flash_sdp_enabled() == kernels
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals arrive in the main thread")
