@@ -6,8 +6,9 @@
 __all__ = ['Differentiating', 'discard_closed', 'refusal', 'parameters_of', 'state_of', 'options_of', 'twin', 'reading',
            'differentiable_step', 'observed', 'formula_of', 'by_formula', 'quick_step']
 
-# %% ../nbs/core/24_optim.ipynb #668600d3
+# %% ../nbs/core/24_optim.ipynb #f84f4e04
 import torch
+from torch.autograd import forward_ad
 from torch.optim import optimizer as _optimizer
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
@@ -294,12 +295,63 @@ def formula_of(optimizer, options, parameters):
 
 def by_formula(formula, optimizer, parameters, gradients, state, options):
     "The pair (parameters, state) after one step by a formula"
-    groups = [group for group, held in zip(options, optimizer.param_groups) for _ in held["params"]]
     states = state or [{}] * len(parameters)
-    pairs = [(p, s) if g is None else formula(p, g, s, group) for p, g, s, group in zip(parameters, gradients, states, groups)]
-    return [p for p, _ in pairs], [s for _, s in pairs]
+    moved, after, rest = [], [], iter(zip(parameters, gradients, states))
+    for group, held in zip(options, optimizer.param_groups):
+        ps, gs, own = zip(*(next(rest) for _ in held["params"]))
+        if _alike(ps, gs, own):
+            together = _adam_together if formula is _adam else _sgd_together
+            found = together(list(ps), list(gs), own, group)
+        else:
+            found = [(p, s) if g is None else formula(p, g, s, group) for p, g, s in zip(ps, gs, own)]
+        moved += [p for p, _ in found]
+        after += [s for _, s in found]
+    return moved, after
 
-# %% ../nbs/core/24_optim.ipynb #1ee0b792
+
+# Several parameters at once, in the same operations, so to the bit. Forward mode and torch's derivative of _foreach_addcdiv can't do with lists.
+
+
+def _alike(parameters, gradients, states):
+    if len(parameters) == 1 or any(g is None for g in gradients) or forward_ad._current_level >= 0:
+        return False
+    first, known = parameters[0].dtype, states[0].keys()
+    same = first in (torch.float32, torch.float64) and all(p.dtype == first for p in parameters) and all(s.keys() == known for s in states)
+    return same and ("step" not in known or len({s["step"].item() for s in states}) == 1)
+
+
+def _sgd_together(ps, gs, states, options):
+    gs = torch._foreach_neg(gs) if options["maximize"] else gs
+    if options["weight_decay"]:
+        gs = torch._foreach_add(gs, ps, alpha=options["weight_decay"])
+    if options["momentum"]:
+        buffers = gs
+        if states[0].get("momentum_buffer") is not None:
+            before = torch._foreach_mul([s["momentum_buffer"] for s in states], options["momentum"])
+            buffers = torch._foreach_add(before, gs, alpha=1 - options["dampening"])
+        states = [{"momentum_buffer": buffer} for buffer in buffers]
+        gs = torch._foreach_add(gs, buffers, alpha=options["momentum"]) if options["nesterov"] else buffers
+    return list(zip(torch._foreach_add(ps, gs, alpha=-options["lr"]), states))
+
+
+def _adam_together(ps, gs, states, options):
+    if not states[0]:
+        return [_adam(p, g, {}, options) for p, g in zip(ps, gs)]
+    lr, decay, (b1, b2) = options["lr"], options["weight_decay"], options["betas"]
+    steps = torch._foreach_add([s["step"] for s in states], 1)
+    t = steps[0].item()
+    if decay and options["decoupled_weight_decay"]:
+        ps = torch._foreach_mul(ps, 1 - lr * decay)
+    elif decay:
+        gs = torch._foreach_add(gs, ps, alpha=decay)
+    ms = torch._foreach_lerp([s["exp_avg"] for s in states], gs, 1 - b1)
+    squares = torch._foreach_addcmul(torch._foreach_mul([s["exp_avg_sq"] for s in states], b2), gs, gs, value=1 - b2)
+    roots = torch._foreach_sqrt(torch._foreach_add(squares, torch.finfo(squares[0].dtype).tiny))
+    scales = torch._foreach_add(torch._foreach_div(roots, (1 - b2**t) ** 0.5), options["eps"])
+    moved = [torch.addcdiv(p, m, scale, value=-lr / (1 - b1**t)) for p, m, scale in zip(ps, ms, scales)]
+    return [(p, {"step": step, "exp_avg": m, "exp_avg_sq": square}) for p, step, m, square in zip(moved, steps, ms, squares)]
+
+# %% ../nbs/core/24_optim.ipynb #bc94e38f
 def quick_step(optimizer):
     "Make the next step of `optimizer`, to the bit as its own code does; False, with nothing done, where that code has to run"
     rule = _IN_PLACE.get(type(optimizer))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from .method import Method, Solve, all_finite, derivative, flatten, option, register, select, to_the_end
+from .method import Method, Solve, all_finite, derivative, flatten, option, register, select, to_the_end, unflatten
 
 # %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
 def _deviation(tensors, reference):
@@ -51,8 +51,8 @@ class _Through(Method):
     @staticmethod
     def _along(vector, theta, own):
         "The vector, given along `theta`, as a list along `own`"
-        pieces = {id(t): v.view_as(t) for t, v in zip(theta, vector.split([t.numel() for t in theta]))}
-        return [pieces.get(id(p), torch.zeros_like(p)) for p in own]
+        pieces = {id(t): v for t, v in zip(theta, unflatten(vector, theta))}
+        return [pieces[id(p)] if id(p) in pieces else torch.zeros_like(p) for p in own]
 
     def _trouble(self, path, fine, deviations):
         moved = [~(off <= 10 * torch.finfo(off.dtype).eps ** 0.5) for off in deviations if off is not None]

@@ -52,6 +52,8 @@ class Live:
     def _put_back(self, optimizer, buffers):
         self.places.put_back()
         self.problem.optimizer = optimizer
+        if not buffers:
+            return
         with torch.no_grad():
             for module, before in zip(self.places.buffered, buffers):
                 for name, old in before.items():
