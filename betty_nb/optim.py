@@ -6,9 +6,10 @@
 __all__ = ['Differentiating', 'discard_closed', 'refusal', 'parameters_of', 'state_of', 'options_of', 'twin', 'reading',
            'differentiable_step', 'observed', 'formula_of', 'by_formula', 'quick_step']
 
-# %% ../nbs/core/24_optim.ipynb #f84f4e04
+# %% ../nbs/core/24_optim.ipynb #ce01f0fe
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.optim import optimizer as _optimizer
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
@@ -293,65 +294,92 @@ def formula_of(optimizer, options, parameters):
     return formula if numbers and known and plain else None
 
 
-def by_formula(formula, optimizer, parameters, gradients, state, options):
-    "The pair (parameters, state) after one step by a formula"
+def by_formula(formula, optimizer, parameters, gradients, state, options, once=False):
+    "The pair (parameters, state) after one step by a formula; `once`: nobody is going to take second derivatives of it, which saves time"
     states = state or [{}] * len(parameters)
     moved, after, rest = [], [], iter(zip(parameters, gradients, states))
     for group, held in zip(options, optimizer.param_groups):
         ps, gs, own = zip(*(next(rest) for _ in held["params"]))
-        if _alike(ps, gs, own):
-            together = _adam_together if formula is _adam else _sgd_together
-            found = together(list(ps), list(gs), own, group)
+        if once and formula is _adam and _alike(ps, gs, own):
+            found = _adam_together(ps, gs, own, group)
         else:
             found = [(p, s) if g is None else formula(p, g, s, group) for p, g, s in zip(ps, gs, own)]
         moved += [p for p, _ in found]
         after += [s for _, s in found]
     return moved, after
 
+# %% ../nbs/core/24_optim.ipynb #392170db
+_PLAIN = (torch.float32, torch.float64)  # in half precision, torch rounds the factors of lists and of single tensors differently
 
-# Several parameters at once, in the same operations, so to the bit. Forward mode and torch's derivative of _foreach_addcdiv can't do with lists.
+
+class _AdamStep(torch.autograd.Function):
+    "(parameters, gradients, first moments, second moments), each a list, -> (parameters, first moments, second moments)"
+
+    @staticmethod
+    def forward(ctx, options, t, *tensors):
+        lr, decay, (b1, b2) = options["lr"], options["weight_decay"], options["betas"]
+        n = len(tensors) // 4
+        ps, gs, ms, squares = (list(tensors[i * n : (i + 1) * n]) for i in range(4))
+        ctx.shrink, ctx.decay, ctx.betas, ctx.eps = 1.0, 0.0, (b1, b2), options["eps"]
+        if decay and options["decoupled_weight_decay"]:
+            ctx.shrink = 1 - lr * decay
+            ps = torch._foreach_mul(ps, ctx.shrink)
+        elif decay:
+            ctx.decay = decay
+            gs = torch._foreach_add(gs, ps, alpha=decay)
+        ctx.rate, ctx.correction = lr / (1 - b1**t), (1 - b2**t) ** 0.5
+        ms = torch._foreach_lerp(ms, gs, 1 - b1)
+        squares = torch._foreach_mul(squares, b2)
+        torch._foreach_addcmul_(squares, gs, gs, value=1 - b2)
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_div_(scales, ctx.correction)
+        torch._foreach_add_(scales, options["eps"])
+        moved = torch._foreach_addcdiv(ps, ms, scales, value=-ctx.rate)
+        ctx.save_for_backward(*gs, *ms, *squares)
+        return (*moved, *ms, *squares)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        n = len(cotangents) // 3
+        to_p, to_m, to_s = (list(cotangents[i * n : (i + 1) * n]) for i in range(3))
+        gs, ms, squares = (list(ctx.saved_tensors[i * n : (i + 1) * n]) for i in range(3))
+        b1, b2 = ctx.betas
+        roots = torch._foreach_sqrt(squares)
+        scales = torch._foreach_div(roots, ctx.correction)
+        torch._foreach_add_(scales, ctx.eps)
+        along = torch._foreach_div(to_p, scales)
+        to_m = torch._foreach_add(to_m, along, alpha=-ctx.rate)
+        torch._foreach_mul_(along, ms)
+        torch._foreach_div_(along, scales)
+        torch._foreach_clamp_min_(roots, torch.finfo(roots[0].dtype).tiny ** 0.5)  # a weight that has never had a gradient has m = 0, too
+        torch._foreach_div_(along, roots)
+        to_s = torch._foreach_add(to_s, along, alpha=ctx.rate / (2 * ctx.correction))
+        to_g = torch._foreach_mul(to_m, 1 - b1)
+        torch._foreach_add_(to_g, torch._foreach_mul(gs, to_s), alpha=2 * (1 - b2))
+        to_p = torch._foreach_mul(to_p, ctx.shrink) if ctx.shrink != 1 else to_p
+        to_p = torch._foreach_add(to_p, to_g, alpha=ctx.decay) if ctx.decay else to_p
+        return None, None, *to_p, *to_g, *torch._foreach_mul(to_m, b1), *torch._foreach_mul(to_s, b2)
 
 
 def _alike(parameters, gradients, states):
-    if len(parameters) == 1 or any(g is None for g in gradients) or forward_ad._current_level >= 0:
+    "Whether one _AdamStep can move the parameters: in full precision, with the same count of steps; forward mode goes through the formula"
+    if any(g is None for g in gradients) or forward_ad._current_level >= 0:
         return False
     first, known = parameters[0].dtype, states[0].keys()
-    same = first in (torch.float32, torch.float64) and all(p.dtype == first for p in parameters) and all(s.keys() == known for s in states)
+    same = first in _PLAIN and all(p.dtype == first for p in parameters) and all(s.keys() == known for s in states)
     return same and ("step" not in known or len({s["step"].item() for s in states}) == 1)
-
-
-def _sgd_together(ps, gs, states, options):
-    gs = torch._foreach_neg(gs) if options["maximize"] else gs
-    if options["weight_decay"]:
-        gs = torch._foreach_add(gs, ps, alpha=options["weight_decay"])
-    if options["momentum"]:
-        buffers = gs
-        if states[0].get("momentum_buffer") is not None:
-            before = torch._foreach_mul([s["momentum_buffer"] for s in states], options["momentum"])
-            buffers = torch._foreach_add(before, gs, alpha=1 - options["dampening"])
-        states = [{"momentum_buffer": buffer} for buffer in buffers]
-        gs = torch._foreach_add(gs, buffers, alpha=options["momentum"]) if options["nesterov"] else buffers
-    return list(zip(torch._foreach_add(ps, gs, alpha=-options["lr"]), states))
 
 
 def _adam_together(ps, gs, states, options):
     if not states[0]:
-        return [_adam(p, g, {}, options) for p, g in zip(ps, gs)]
-    lr, decay, (b1, b2) = options["lr"], options["weight_decay"], options["betas"]
-    steps = torch._foreach_add([s["step"] for s in states], 1)
-    t = steps[0].item()
-    if decay and options["decoupled_weight_decay"]:
-        ps = torch._foreach_mul(ps, 1 - lr * decay)
-    elif decay:
-        gs = torch._foreach_add(gs, ps, alpha=decay)
-    ms = torch._foreach_lerp([s["exp_avg"] for s in states], gs, 1 - b1)
-    squares = torch._foreach_addcmul(torch._foreach_mul([s["exp_avg_sq"] for s in states], b2), gs, gs, value=1 - b2)
-    roots = torch._foreach_sqrt(torch._foreach_add(squares, torch.finfo(squares[0].dtype).tiny))
-    scales = torch._foreach_add(torch._foreach_div(roots, (1 - b2**t) ** 0.5), options["eps"])
-    moved = [torch.addcdiv(p, m, scale, value=-lr / (1 - b1**t)) for p, m, scale in zip(ps, ms, scales)]
-    return [(p, {"step": step, "exp_avg": m, "exp_avg_sq": square}) for p, step, m, square in zip(moved, steps, ms, squares)]
+        states = [{"step": torch.zeros((), dtype=torch.float64), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)} for p in ps]
+    steps, n = torch._foreach_add([s["step"] for s in states], 1), len(ps)
+    found = _AdamStep.apply(options, steps[0].item(), *ps, *gs, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))
+    rest = zip(steps, found[n : 2 * n], found[2 * n :])
+    return [(p, {"step": step, "exp_avg": m, "exp_avg_sq": square}) for p, (step, m, square) in zip(found[:n], rest)]
 
-# %% ../nbs/core/24_optim.ipynb #bc94e38f
+# %% ../nbs/core/24_optim.ipynb #4018a1ba
 def quick_step(optimizer):
     "Make the next step of `optimizer`, to the bit as its own code does; False, with nothing done, where that code has to run"
     rule = _IN_PLACE.get(type(optimizer))
@@ -445,4 +473,3 @@ def _adam_in_place(group, parameters, gradients, steps, means, squares, largest=
 
 
 _IN_PLACE = {torch.optim.SGD: _sgd_in_place, torch.optim.Adam: _adam_in_place, torch.optim.AdamW: _adam_in_place}
-_PLAIN = (torch.float32, torch.float64)  # in half precision, torch rounds the factors of lists and of single tensors differently

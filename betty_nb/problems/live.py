@@ -82,7 +82,7 @@ class Live:
             self._options, self._formula = options, formula_of(optimizer, options, self.after)
         if self._formula is None:
             return False
-        self.after, self.after_state = by_formula(self._formula, optimizer, self.after, self.gradients, self.after_state, options)
+        self.after, self.after_state = by_formula(self._formula, optimizer, self.after, self.gradients, self.after_state, options, once=True)
         self.steps += 1
         self._copy()
         return True

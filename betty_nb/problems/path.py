@@ -403,7 +403,7 @@ class Replay:
         problem = self.problem
         formula = formula_of(self.optimizer, step.options, parameters) if self._plain and step.random is None else None
         if formula is not None:
-            return by_formula(formula, self.optimizer, parameters, gradients, state, step.options)
+            return by_formula(formula, self.optimizer, parameters, gradients, state, step.options, once=True)
         moved = [p.clone() for p in parameters]
         if self._own_hooks or problem.config.gradient_clipping > 0:  # they may write to the gradients, which the graph may still need
             gradients = [None if g is None else g.clone() for g in gradients]
