@@ -262,7 +262,7 @@ class Engine:
             if not p.config.compile or not self._take_several(p):
                 self._take_gradient(p)
         self._taken, p.descended = p.name, False  # from here on, a repetition of this action goes on with the update
-        made = int(p.stepped) or 1
+        made = p.stepped or 1  # compiled code may have made several
         p.count += made
         p.steps += made
         try:

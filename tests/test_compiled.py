@@ -52,7 +52,9 @@ def fit(self, batch):
     return F.mse_loss(self.module(x), y)
 
 
-def program(step=fit, net=lambda: nn.Linear(4, 1), optimizer=None, sizes=(8,), dtype=torch.float32, scheduler=None, base=ImplicitProblem, whole=Engine, **config):
+def program(
+    step=fit, net=lambda: nn.Linear(4, 1), optimizer=None, sizes=(8,), dtype=torch.float32, scheduler=None, base=ImplicitProblem, whole=Engine, **config
+):
     "One level that is trained on random numbers"
     torch.manual_seed(0)
     module = net().to(dtype)

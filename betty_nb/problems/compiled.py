@@ -563,7 +563,7 @@ class Compiled:
         if self._own_between or any(name in vars(problem) for name in BETWEEN) or problem.trial is not None or problem.reader != problem.fetch:
             return 0
         steps, several = problem.config.unroll_steps, self.programs.get("steps")
-        if several is not None and (not several.open or several.draws):
+        if not problem.steps or not problem.config.allow_unused or several is not None and (not several.open or several.draws):
             return 0
         if not self.unroll:
             steps = 5
