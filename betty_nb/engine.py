@@ -149,6 +149,7 @@ class Engine:
         self._actions = {k: [Action(kind, k) for kind in ("draw", "hypergradient", "descend")[:: 1 if graph.receivers(k) else 2]] for k in levels}
         own_order = type(self).train_step is not Engine.train_step
         self._leaf_actions = [Action("train_step")] if own_order else [a for leaf in graph.leaves for a in self._actions[leaf]]
+        self._only_leaf = None if own_order or len(graph.leaves) > 1 or self.env is not None else graph.leaves[0]  # all that an iteration steps
 
     def _check_methods(self, graph):
         "A method that cannot serve its level is refused; one that has no effect is warned about"
@@ -258,10 +259,12 @@ class Engine:
             return self._after_step(p, action)
         if not self.graph.receivers(p.name) and self._taken != p.name:
             self._start_of_step(p, action)
-            self._take_gradient(p)
+            if not p.config.compile or not self._take_several(p):
+                self._take_gradient(p)
         self._taken, p.descended = p.name, False  # from here on, a repetition of this action goes on with the update
-        p.count += 1
-        p.steps += 1
+        made = p.stepped or 1  # compiled code may have made several
+        p.count += made
+        p.steps += made
         try:
             if p.count % p.config.gradient_accumulation == 0:
                 p.update()
@@ -272,8 +275,8 @@ class Engine:
             if p.descended:  # a hook or the logger failed when the step was made: what follows from it stays due
                 self._taken, self._agenda[:1] = None, self._after_step(p, action)
             else:
-                p.count -= 1
-                p.steps -= 1
+                p.count -= made
+                p.steps -= made
             raise
         self._taken = None
         return self._after_step(p, action)
@@ -371,6 +374,22 @@ class Engine:
                 self._levels[j].settle(p.name, passage)
         else:
             p.gradient(loss)
+
+    def _take_several(self, p):
+        "In a run, the steps of `p` in this iteration and the next ones at once, where nothing has to be done between them; False where they are made one by one"
+        if self.goal is None or self.nested > 1 or self.watchers or len(self._agenda) > 1 or self._only_leaf != p.name:
+            return False
+        steps = p.compiled.together()
+        if not steps or self.stop_requested or self._saves or self.config.nonfinite == "raise" or self.completed + steps > self.goal:
+            return False
+        config, validated = p.config, type(self).validation is not Engine.validation
+        intervals = [(p.count, config.log_step), (self.completed, self.config.valid_step if validated else 0), (p.count, p.compiled.unroll)]
+        if any(every > 0 and done % every + steps > every for done, every in intervals) or not p.compiled.take(steps):
+            return False
+        self.global_step += steps - 1
+        if validated and self.global_step % self.config.valid_step == 0:
+            self._agenda.append(Action("validate"))
+        return True
 
     def _refuse_nonfinite(self, p):
         if self.config.nonfinite == "raise" and not torch.isfinite(p.last_loss):

@@ -17,7 +17,7 @@ from betty_nb.benchmarks.by_hand import by_hand
 from betty_nb.benchmarks.measure import Program, interleaved
 from betty_nb.benchmarks.workloads import workload
 from betty_nb.hypergradient.method import Linearization, undisturbed
-from betty_nb.problems.compiled import Account, Compiler, CompileWarning
+from betty_nb.problems.compiled import Account, Compiled, Compiler, CompileWarning, Steps
 from tests.programs import BOTH, Vector, bits, noisy_program, pair, ridge_program
 from tests.repo import ROOT, child_env
 
@@ -52,7 +52,9 @@ def fit(self, batch):
     return F.mse_loss(self.module(x), y)
 
 
-def program(step=fit, net=lambda: nn.Linear(4, 1), optimizer=None, sizes=(8,), dtype=torch.float32, scheduler=None, base=ImplicitProblem, **config):
+def program(
+    step=fit, net=lambda: nn.Linear(4, 1), optimizer=None, sizes=(8,), dtype=torch.float32, scheduler=None, base=ImplicitProblem, whole=Engine, **config
+):
     "One level that is trained on random numbers"
     torch.manual_seed(0)
     module = net().to(dtype)
@@ -61,7 +63,7 @@ def program(step=fit, net=lambda: nn.Linear(4, 1), optimizer=None, sizes=(8,), d
     cls = type("Inner", (base,), {"training_step": step})
     inner = cls("inner", Config(**config), module, optimizer, scheduler and scheduler(optimizer), batches)
     torch.manual_seed(1)
-    return Engine([inner], EngineConfig(train_iters=10_000, strategy="cpu"))
+    return whole([inner], EngineConfig(train_iters=10_000, strategy="cpu"))
 
 
 def values(engine):
@@ -282,6 +284,262 @@ def test_hypergradients(method):
         assert apart(formula, b) < 1e-6
 
 
+# Several steps in one call
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "The number of steps of each call of a program of several"
+    made, usual = [], Steps.__call__
+
+    def call(self, problem, batches, *rest):
+        result = usual(self, problem, batches, *rest)
+        made.append(len(batches) if result is not None else 0)
+        return result
+
+    monkeypatch.setattr(Steps, "__call__", call)
+    return made
+
+
+def counters(engine):
+    inner = engine.inner
+    batch = next(i for i, one in enumerate(inner.train_data_loader) if one is inner.batch)
+    found = {name: getattr(inner, name) for name in ("count", "steps", "drawn", "last_loss", "metrics", "stepped")}
+    return {**found, "batch": batch, "iteration": engine.global_step, "upper": [p.count for p in engine.problems], "waiting": len(inner.waiting)}
+
+
+def one_by_one(run):
+    "What `run` gives where each step is made by itself"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compiled, "together", lambda self: 0)
+        return run()
+
+
+def agree(a, b, tolerance):
+    close = all(abs(a[k] - b[k]) < tolerance if k == "last_loss" else a[k] == b[k] for k in a)
+    assert close and a.keys() == b.keys(), (a, b)
+
+
+@compiler
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_several_steps_are_those_made_one_by_one(name, calls):
+    "With an upper level after each unroll, and a goal that is no multiple of it"
+
+    def run():
+        engine, _ = ridge_program("darts", compile="now", unroll_steps=5)
+        x, y = engine.inner.train_data_loader[0]
+        engine.inner.set_train_data_loader([(x + i / 10, y) for i in range(3)])
+        engine.inner.set_optimizer(OPTIMIZERS[name](engine.inner.module.parameters()))
+        for steps in (12, 21):
+            engine.run(steps)
+        return engine
+
+    usual = one_by_one(run)
+    assert not calls and usual.inner.last_loss.isfinite()
+    engine = run()
+    assert calls == [5] * 4, "not in the first unroll, not across the end of a run"
+    agree(counters(usual), counters(engine), 1e-12)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(bits(usual), bits(engine), strict=True))
+    assert variants(engine) == {"step": 1, "upper": 1, "steps": 1}, "the step that the optimizer counts is no constant"
+
+
+class Records:
+    "Everything that is logged"
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, stats, tag, step):
+        self.lines.append((tag, step, {name: float(value) for name, value in stats.items()}))
+
+
+class Validated(Engine):
+    def validation(self):
+        return {"size": self.inner.module.weight.norm().item(), "iteration": self.global_step}
+
+
+@compiler
+@pytest.mark.parametrize("validate, log", [(3, -1), (4, -1), (10_000, 3), (10_000, 4)])
+def test_what_falls_between_is_done_at_its_step(validate, log, calls):
+    "Log entries, validations, and the beginning of an unroll"
+    begun = []
+
+    class Begun(ImplicitProblem):
+        def on_inner_loop_start(self):
+            begun.append((self.count, self.engine.global_step))
+
+    def step(self, batch):
+        return {"loss": fit(self, batch), "mean": batch[0].mean()}
+
+    def run():
+        engine = program(step, base=Begun, whole=Validated, sizes=(8,) * 7, compile="now", unroll_steps=3, log_step=log)
+        engine.config.valid_step, engine.config.logger_type = validate, Records()
+        engine.run(31)
+        return engine
+
+    usual, expected = one_by_one(run), begun[:]
+    begun.clear()
+    engine = run()
+    assert begun == expected == [(i, i + 1) for i in range(0, 31, 3)]
+    assert set(calls) == {3} and len(calls) == (9 if 3 in (validate, log) else 4)
+    agree(counters(usual), counters(engine), 1e-6)
+    a, b = usual.config.logger_type.lines, engine.config.logger_type.lines
+    assert [line[:2] for line in a] == [line[:2] for line in b] and len(a) == 31 // min(validate, log if log > 0 else validate)
+    assert all(x[2][name] == pytest.approx(y[2][name], rel=1e-5) for x, y in zip(a, b) for name in x[2])
+
+
+def alternating():
+    "Where the next batch may depend on the step before"
+    while True:
+        torch.manual_seed(2)
+        yield torch.randn(8, 4), torch.ones(8, 1)
+
+
+class Clamped(ImplicitProblem):
+    def param_callback(self):
+        with torch.no_grad():
+            self.module.weight.clamp_(-0.1, 0.1)
+
+
+def by_count(self, batch):
+    return fit(self, batch) * (1 + self.count / 10)
+
+
+ALONE = {
+    "random numbers in the loss": {"net": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 1))},
+    "a scheduler": {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)},
+    "a hook after each update": {"base": Clamped},
+    "batches of several sizes": {"sizes": (8, 6, 5)},
+    "accumulation": {"gradient_accumulation": 2},
+    "a generator as loader": {"loader": alternating},
+    "an optimizer of another kind": {"optimizer": lambda p: torch.optim.RMSprop(p, lr=0.01)},
+    "a loss that counts": {"step": by_count},
+}
+
+
+@compiler
+@pytest.mark.parametrize("case", ALONE)
+def test_steps_are_made_one_by_one(case, calls):
+    options = dict(ALONE[case])
+    loader = options.pop("loader", None)
+
+    def run(compile):
+        engine = program(compile=compile, **options)
+        if loader is not None:
+            engine.inner.set_train_data_loader(loader())
+        engine.run(22)
+        return engine
+
+    usual = run(False)
+    if "step" in options:
+        with pytest.warns(CompileWarning, match=r"'inner' makes its compiled steps one at a time.*self\.count"):
+            engine = run("now")
+        assert calls == [0], "and is not asked again"
+    else:
+        engine = run("now")
+        assert not any(calls)
+    assert apart(values(usual), values(engine)) < 1e-5
+    assert engine.inner.compiled.steps > 10
+    inner = engine.inner
+    assert (inner.count, inner.steps, inner.drawn, engine.global_step) == (22, 22, 22, 22)
+
+
+@compiler
+def test_a_step_that_fails_fails_at_its_turn(calls):
+    def step(self, batch):
+        return (self.module(batch[0]) @ torch.linalg.cholesky(batch[1])).square().mean()
+
+    found = []
+    for compile in (False, "now"):
+        engine = program(step, net=lambda: nn.Linear(4, 3), compile=compile)
+        inner, good = engine.inner, torch.eye(3)
+        inner.set_train_data_loader([(torch.full((8, 4), i / 20), good.clone() if i != 18 else -good) for i in range(20)])
+        with pytest.raises(torch.linalg.LinAlgError):
+            engine.run(30)
+        failed = [counters(engine)[name] for name in ("count", "steps", "drawn", "iteration", "batch")]
+        inner.batch[1].copy_(good)
+        engine.run(10)
+        found.append((failed, inner.count, inner.drawn, len(inner.waiting), values(engine)))
+    assert found[0][:4] == found[1][:4] == ([18, 18, 19, 19, 18], 28, 28, 0)
+    assert apart(found[0][4], found[1][4]) < 1e-5
+    assert calls and set(calls) == {5}
+
+
+@compiler
+def test_an_attached_debugger_sees_each_step(calls):
+    found, seen = [], []
+    for attached in (False, True):
+        engine = program(compile="now", optimizer=OPTIMIZERS["Adam"])
+        if attached:
+            debugger = Debugger(engine)
+            calls.clear()
+            debugger.run(20).wait(120)
+        else:
+            engine.run(20)
+            assert calls == [5] * 3
+        found.append(values(engine))
+        seen.append(counters(engine))
+    assert not calls
+    agree(*seen, 1e-6)
+    assert apart(*found) < 1e-5
+    debugger.back(3)
+    assert engine.inner.count == 17
+
+
+@compiler
+def test_a_run_can_be_stopped_between_calls(calls):
+    class Stopping(ImplicitProblem):
+        def on_inner_loop_start(self):
+            if self.count == 10:
+                self.engine.stop()
+
+    engine = program(base=Stopping, compile="now", unroll_steps=5)
+    engine.run(30)
+    assert engine.inner.count == engine.completed == 11 and calls == [5], "after the action in progress, as without compiled code"
+    engine.run(19)
+    assert engine.inner.count == engine.completed == 30 and calls == [5] * 4
+
+
+@compiler
+def test_several_steps_in_one_call_when_that_pays(cheap, monkeypatch, calls):
+    engine = program(compile=True)
+    engine.run(100)
+    assert calls and engine.inner.count == 100
+    calls.clear()
+    monkeypatch.setattr(Compiler, "each", 1.0)
+    engine = program(compile=True)
+    engine.inner.compiled.serves()
+    engine.inner.compiled.accounts["step"] = account = Account(engine.inner)
+    account.size, account.since = (10, 10), 0  # the step by itself pays
+    engine.run(100)
+    assert engine.inner.compiled.steps > 90 and not calls
+
+
+@compiler
+@pytest.mark.alone
+def test_several_steps_in_one_call_are_quicker():
+    class Single(Engine):
+        def _take_several(self, p):
+            return False
+
+    class Side:
+        def __init__(self, cls):
+            work = workload("logistic")
+            Lower = type("Lower", (ImplicitProblem,), {"training_step": lambda self, batch: work.losses["inner"](self.models, batch)})
+            lower = Lower("lower", Config(compile="now"), work.modules["inner"], work.optimizer("inner"), train_data_loader=work.batches["inner"])
+            lower.models = {**work.modules, "inner": lower}
+            self.engine = cls([lower], EngineConfig(strategy="cpu", train_iters=10**9))
+            self.engine.run(20)
+
+        def run(self, n):
+            self.engine.run(n)
+
+    sides = {"one by one": Side(Single), "several": Side(Engine)}
+    ratios = [interleaved(sides, rounds=5, seconds=0.03)["several"].processor for _ in range(3)]
+    print(f"several steps in one call: {min(ratios):.2f} of the time one by one")
+    assert statistics.median(ratios) < 1 / 1.3, ratios
+
+
 def test_what_is_not_compiled_is_said():
     "No compiler is needed to say so"
     with pytest.warns(CompileWarning, match="'inner' goes on without compiled code.*the steps of its unroll"):
@@ -390,7 +648,7 @@ def after_200(monkeypatch):
 
 
 @compiler
-@pytest.mark.parametrize("method, expected", [("cg", {"step", "Hessian", "mixed"}), ("darts", {"step", "upper"})])
+@pytest.mark.parametrize("method, expected", [("cg", {"step", "steps", "Hessian", "mixed"}), ("darts", {"step", "steps", "upper"})])
 def test_a_long_run_is_compiled(method, expected, cheap):
     a, b = moved("logistic", method, 40), moved("logistic", method, 40, compile=True)
     compiled = b[1].inner.compiled
@@ -409,8 +667,8 @@ def test_what_counts_are_the_steps_to_come_and_those_that_were_made(after_200):
         return engine.inner.compiled.accounts["step"].calls, variants(engine)
 
     assert steps_in_the_usual_way(150) == (149, {})  # without the first, which is always made in the usual way
-    assert steps_in_the_usual_way(1000) == (11, {"step": 1})
-    assert steps_in_the_usual_way(150, 1000) == (151, {"step": 1})
+    assert steps_in_the_usual_way(1000) == (11, {"step": 1, "steps": 1})
+    assert steps_in_the_usual_way(150, 1000) == (151, {"step": 1, "steps": 1})
     assert steps_in_the_usual_way(*[50] * 6) == (211, {"step": 1}), "many short runs"
     engine = program(compile=True)
     for _ in range(300):
