@@ -379,7 +379,7 @@ def _adam_together(ps, gs, states, options):
     rest = zip(steps, found[n : 2 * n], found[2 * n :])
     return [(p, {"step": step, "exp_avg": m, "exp_avg_sq": square}) for p, (step, m, square) in zip(found[:n], rest)]
 
-# %% ../nbs/core/24_optim.ipynb #4018a1ba
+# %% ../nbs/core/24_optim.ipynb #4e1e2553
 def quick_step(optimizer):
     "Make the next step of `optimizer`, to the bit as its own code does; False, with nothing done, where that code has to run"
     rule = _IN_PLACE.get(type(optimizer))

@@ -32,6 +32,7 @@ OUTSIDE = {
 LIGHT = {"core", "debugger"}  # floors whose modules import nothing but torch when they are imported
 # What a fresh process must not have loaded after importing core or debugger, beyond what torch loads by itself.
 HEAVY = "ipywidgets IPython matplotlib fastcore anywidget tensorboard sklearn tqdm numpy nbdev pandas".split()
+IMPORT_SHARE = 0.12
 IMPORT_SECONDS = 0.2
 
 # --- ceilings: raise one only with a reason in the same change
@@ -144,10 +145,13 @@ def test_importing_loads_torch_alone(module):
 
 @pytest.mark.alone
 def test_importing_is_quick():
-    code = "import json, time; import torch; start = time.perf_counter(); import betty_nb.engine; print(json.dumps(time.perf_counter() - start))"
-    seconds = statistics.median(fresh(code) for _ in range(3))
-    assert seconds < IMPORT_SECONDS, (
-        f"import betty_nb.engine costs {seconds:.2f} s more than torch, allowed are {IMPORT_SECONDS} s: "
+    code = (
+        "import json, time; a = time.perf_counter(); import torch; b = time.perf_counter(); import betty_nb.engine; c = time.perf_counter(); "
+        "print(json.dumps([c - b, (c - b) / (b - a)]))"
+    )
+    seconds, share = map(statistics.median, zip(*(fresh(code) for _ in range(3))))
+    assert seconds < IMPORT_SECONDS or share < IMPORT_SHARE, (
+        f"import betty_nb.engine costs {seconds:.2f} s more than torch, allowed are {IMPORT_SECONDS} s, or on a slow machine {IMPORT_SHARE:.0%} of what torch takes: "
         "python -X importtime says what takes them"
     )
 
