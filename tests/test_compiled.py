@@ -706,7 +706,7 @@ def test_live_change_of_when():
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("name", ["logistic", "reweighting_mlp"])
+@pytest.mark.parametrize("name", ["logistic"])
 def test_a_thousand_steps_take_no_longer_than_without(name):
     def ratio():
         sides = [(Program(workload(name), "darts", compile=on), times) for on, times in zip((False, True), ([], []))]
