@@ -272,14 +272,9 @@ _UNUSUAL = {"amsgrad": False, "maximize": False, "capturable": False, "different
 def observed(optimizer):
     "Whether somebody asked to be called at each step of `optimizer`, or replaced it"
     own = vars(optimizer).get("step")  # a scheduler puts a wrapper there
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or _every.pre or _every.post
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    hooks = hooks or _optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks  # those of all optimizers
     return bool(hooks) or own is not None and not hasattr(own, "_wrapped_by_lr_sched")
-
-
-class _every:
-    "The hooks that are called at the steps of all optimizers"
-
-    pre, post = _optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks
 
 
 def formula_of(optimizer, options, parameters):

@@ -7,6 +7,7 @@ from betty_nb import Config, EngineConfig
 from betty_nb.app.demo import breast_cancer_program
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import Unroll
+from betty_nb.optim import quick_step
 from tests.programs import bits, noisy_program, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
@@ -89,3 +90,21 @@ def test_compiled_levels_on_the_gpu(method):
         found[compile] = torch.cat([p.detach().reshape(-1) for q in engine.problems for p in q.parameters()])
     assert engine.inner.compiled.seconds > 0
     assert torch.allclose(found[True], found[False], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_quick_step_on_the_gpu_has_the_bits_of_the_optimizer(make, options):
+    torch.manual_seed(0)
+    start = [torch.randn(n, device="cuda") for n in (3, 70_000, 5)]
+    theirs, ours = ([t.clone().requires_grad_() for t in start] for _ in range(2))
+    a, b = make(theirs, lr=0.1, **options), make(ours, lr=0.1, **options)
+    for step in range(5):
+        for p, q in zip(theirs, ours):
+            p.grad = q.grad = torch.randn_like(p)
+        a.step()
+        if not step:
+            b.step()  # the first one makes the state
+        else:
+            assert quick_step(b)
+        assert same(theirs, ours)
