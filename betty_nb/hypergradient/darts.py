@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import Method, RandomState, Solve, option, register
+from .method import Method, RandomState, Solve, free_to_read, option, register
 
 # %% ../../nbs/core/04_darts.ipynb #5e5f5835
 def central_difference(
@@ -18,16 +18,15 @@ def central_difference(
     direction,  # (n,)
     length,  # of the displacement, in the unit of the level's parameters
 ):
-    "The pair ({name: list of tensors or None}, displacement (n,)): -(d2C / dx dtheta) direction from the gradients at theta + and - displacement"
+    "The pair ({name: list of tensors or None}, radius (0-d)): -(d2C / dx dtheta) direction from the gradients at theta + and - radius direction"
     # A direction of zeros is none: the clamp turns 0/0 into a displacement of zero, hence a result of zero.
     radius = length / torch.linalg.vector_norm(direction).clamp_min(torch.finfo(direction.dtype).tiny)
+    step, scale = (direction, radius.item()) if free_to_read(radius) else (radius * direction, 1.0)
     rng = RandomState(torch_only=True)
-    displacement = radius * direction
-    plus = level.gradient_at(displacement)
+    plus = level.gradient_at(step, scale)
     rng.restore()
-    minus = level.gradient_at(displacement.neg_())  # in place: one copy of the level is held, and no more
-    parts = {name: _quotients(minus[name], plus[name], 2 * radius) for name in plus}
-    return parts, displacement.neg_()
+    minus = level.gradient_at(step, -scale)
+    return {name: _quotients(minus[name], plus[name], 2 * radius) for name in plus}, radius
 
 
 def _quotients(a, b, distance):
@@ -52,8 +51,8 @@ class Darts(Method):
     multitask: bool = option(False, "after a training hypergradient also move the level by -alpha v / |v|: it then descends the upper loss too")
 
     def pull_back(self, level, vector):
-        parts, displacement = central_difference(level, vector, self.alpha)
-        return parts, Solve(vector=vector, trouble=self._rounding(level), shift=-displacement if self.multitask else None)
+        parts, radius = central_difference(level, vector, self.alpha)
+        return parts, Solve(vector=vector, trouble=self._rounding(level), shift=-radius * vector if self.multitask else None)
 
     def _rounding(self, level):
         "What is to be said about a displacement that half precision rounds away"

@@ -143,16 +143,16 @@ class undisturbed(Restoring):
 
 
 class displaced(Restoring):
-    "A context: the `parameters` moved by `step` (a list of tensors); afterwards they hold their old tensors again, bit for bit"
+    "A context: the `parameters` moved by `scale` times `step` (a list of tensors); afterwards they hold their old tensors again, bit for bit"
 
-    def __init__(self, parameters, step):
-        self.parameters, self.step = list(parameters), step
+    def __init__(self, parameters, step, scale=1.0):
+        self.parameters, self.step, self.scale = list(parameters), step, scale
 
     def _keep(self):
         self._old = [p.data for p in self.parameters]
 
     def _change(self):
-        for p, moved in zip(self.parameters, torch._foreach_add(self._old, self.step) if self._old else ()):
+        for p, moved in zip(self.parameters, torch._foreach_add(self._old, self.step, alpha=self.scale) if self._old else ()):
             p.data = moved
 
     def _restore(self):
@@ -160,10 +160,10 @@ class displaced(Restoring):
             p.data = old
 
 
-def displaced_all(moves):
+def displaced_all(moves, scale=1.0):
     "As `displaced`, for pairs (parameters, step (n,)), in one context"
     moves = list(moves)
-    return displaced([p for parameters, _ in moves for p in parameters], [s for parameters, step in moves for s in unflatten(step, parameters)])
+    return displaced([p for parameters, _ in moves for p in parameters], [s for parameters, step in moves for s in unflatten(step, parameters)], scale)
 
 # %% ../../nbs/core/01_method.ipynb #db9cedb0
 class twice_differentiable(Restoring):
@@ -265,10 +265,10 @@ class Linearization:
         with self.displaced(step, moved):
             return flatten(self._first("own", self.theta), self.theta, copy=False)
 
-    def displaced(self, step=None, moved=None):
-        "A context: theta + step, step (n,), and the levels x of `wrt` moved by moved[x]"
+    def displaced(self, step=None, moved=None, scale=1.0):
+        "A context: theta + scale step, step (n,), and the levels x of `wrt` moved by scale moved[x]"
         moves = [] if step is None else [(self.theta, step)]
-        return displaced_all(moves + [(self.wrt[x], move) for x, move in (moved or {}).items()])
+        return displaced_all(moves + [(self.wrt[x], move) for x, move in (moved or {}).items()], scale)
 
     def force(self, moves, parameters):
         "The change (n,) of the level's gradient when other levels move by `moves`, {name: (n,)}, with parameters(name); None when it does not change"
@@ -283,9 +283,9 @@ class Linearization:
             return None
         return flatten(self.mean_derivative(sum(slopes), self.theta), self.theta)
 
-    def gradient_at(self, step):
-        "For each level x of `wrt` the gradient dC/dx at theta + step, step (n,), as {name: list of tensors or None}"
-        with self.displaced(step):
+    def gradient_at(self, step, scale=1.0):
+        "For each level x of `wrt` the gradient dC/dx at theta + scale step, step (n,), scale a number, as {name: list of tensors or None}"
+        with self.displaced(step, scale=scale):
             return self._by_level(self._first("upper", self._flat_wrt()))
 
     def _first(self, name, inputs):

@@ -79,13 +79,13 @@ class Neumann(LinearSolve):
     alpha: float = option(1.0, "step size, below 2 / (largest eigenvalue of the Hessian); unit: 1 / curvature", above=0.0, main=True)
 
     def solve(self, hvp, vector):
-        term, total = vector, vector.clone()
+        term, total = vector.clone(), vector.clone()
         norms = [torch.linalg.vector_norm(vector)]
         for _ in range(self.iterations):
-            term = torch.sub(term, hvp(term), alpha=self.alpha)
+            term.sub_(hvp(term), alpha=self.alpha)
             total += term
             norms.append(torch.linalg.vector_norm(term))
-        w = self.alpha * total
+        w = total.mul_(self.alpha)
         trouble = {
             "non-finite": (lambda: not_finite(w, ratios(norms), growing(ratios(norms))), NON_FINITE),
             "diverging": (lambda: growing(ratios(norms)), lambda: step_advice(hvp, [vector, term], "neumann.alpha")),

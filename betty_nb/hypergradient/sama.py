@@ -91,10 +91,11 @@ def update_derivative(
     with torch.no_grad():
         for group, own, grads in _runs(groups, optimizer.state, parameters, gradients):
             states = [optimizer.state.get(p, {}) for p in own]
-            together = {k: v if k == "step" or v is None else flatten([s[k] for s in states]) for k, v in states[0].items()}
-            g = -flatten(grads) if group["maximize"] else flatten(grads)
+            together = {k: v if k == "step" or v is None else flatten([s[k] for s in states], copy=False) for k, v in states[0].items()}
+            g = flatten(grads, copy=False)
+            g = -g if group["maximize"] else g
             if group["weight_decay"] and not group.get("decoupled_weight_decay"):
-                g = g + group["weight_decay"] * flatten(own)
+                g = g + group["weight_decay"] * flatten(own, copy=False)
             found = UPDATES[type(optimizer)](group, together, g)
             derivatives += unflatten(-found if group["maximize"] else found, own)
     return derivatives
@@ -144,13 +145,13 @@ class Sama(Method):
         if sentence := self.refuses(level.problem):
             raise ValueError(f"Level {level.name!r}: {sentence}")
         scale, trouble = self._scale(level, level.problem.optimizer)
-        adapted = vector if scale is None else scale * vector
+        adapted = vector if scale is None else scale.mul_(vector)
         trouble["no response"] = (
             lambda: ~adapted.any() & vector.any(),
             "The optimizer's next update does not respond to the gradient (a learning rate of zero, or no gradient at all), so nothing was pulled back.",
         )
-        parts, displacement = central_difference(level, adapted, self.alpha)
-        return parts, Solve(adapted, trouble=trouble, shift=-displacement if self.multitask else None)
+        parts, radius = central_difference(level, adapted, self.alpha)
+        return parts, Solve(adapted, trouble=trouble, shift=-radius * adapted if self.multitask else None)
 
     def _scale(self, level, optimizer):
         "The diagonal D (n,), None for the identity, and what is to be said about it"

@@ -50,8 +50,8 @@ class TotalLinearization(Linearization):
         parts = self._difference(vector)
         return {name: parts[name] for name in self.wrt}
 
-    def gradient_at(self, step):
-        parts = self._total_gradient({self.level: step})
+    def gradient_at(self, step, scale=1.0):
+        parts = self._total_gradient({self.level: step if scale == 1.0 else scale * step})
         return {name: parts[name] for name in self.wrt}
 
     def own_gradient(self, step=None, moved=None):
