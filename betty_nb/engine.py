@@ -203,7 +203,7 @@ class Engine:
     def _iteration(self):
         "The actions of the next iteration: a step of each leaf, and a validation when one is due"
         plan = list(self._leaf_actions)
-        if (self.global_step + 1) % self.config.valid_step == 0 and type(self).validation is not Engine.validation:
+        if (self.global_step + 1) % self.config.valid_step == 0 and self._validates:
             plan.append(Action("validate"))
         return plan
 
@@ -259,6 +259,8 @@ class Engine:
             return self._after_step(p, action)
         if not self.graph.receivers(p.name) and self._taken != p.name:
             self._start_of_step(p, action)
+            if p.kind == "iterative" and self._go_ahead(p):
+                return []
             if not p.config.compile or not self._take_several(p):
                 self._take_gradient(p)
         self._taken, p.descended = p.name, False  # from here on, a repetition of this action goes on with the update
@@ -375,21 +377,45 @@ class Engine:
         else:
             p.gradient(loss)
 
+    # In a run, several steps of a level are made at once where nothing has to be done between them.
+
     def _take_several(self, p):
-        "In a run, the steps of `p` in this iteration and the next ones at once, where nothing has to be done between them; False where they are made one by one"
-        if self.goal is None or self.nested > 1 or self.watchers or len(self._agenda) > 1 or self._only_leaf != p.name:
-            return False
-        steps = p.compiled.together()
-        if not steps or self.stop_requested or self._saves or self.config.nonfinite == "raise" or self.completed + steps > self.goal:
-            return False
-        config, validated = p.config, type(self).validation is not Engine.validation
-        intervals = [(p.count, config.log_step), (self.completed, self.config.valid_step if validated else 0), (p.count, p.compiled.unroll)]
-        if any(every > 0 and done % every + steps > every for done, every in intervals) or not p.compiled.take(steps):
+        "The steps of `p` in this iteration and the next ones in one call of compiled code; False where they are made one by one"
+        steps = p.compiled.together() if self._unwatched(p) else 0
+        if not steps or steps > self._steps_alone(p, p.compiled.unroll) or not p.compiled.take(steps):
             return False
         self.global_step += steps - 1
-        if validated and self.global_step % self.config.valid_step == 0:
+        if self._validates and self.global_step % self.config.valid_step == 0:
             self._agenda.append(Action("validate"))
         return True
+
+    def _go_ahead(self, p):
+        "The steps of `p` before the next one after which something is due, in a row; that one is left to be made, unless the run ends before it"
+        return self._unwatched(p) and p.in_a_row(self._steps_alone(p, p.config.unroll_steps) - 1, self._next_batch)
+
+    def _unwatched(self, p):
+        "Whether this is a run that steps `p` only, and nobody looks at what is done in between"
+        alone = self.goal is not None and self.nested == 1 and not self.watchers and len(self._agenda) == 1 and self._only_leaf == p.name
+        return alone and not self.stop_requested and not self._saves and self.config.nonfinite != "raise"
+
+    def _steps_alone(self, p, unroll):
+        "The number of steps of `p`, the present one included, up to the first after which something is due: the end of the run or of the `unroll`, a log, a validation"
+        valid_step = self.config.valid_step if self._validates else 0
+        left = (every - done % every for done, every in ((p.count, p.config.log_step), (self.completed, valid_step), (p.count, unroll)) if every > 0)
+        return min((self.goal - self.completed, *left))
+
+    def _next_batch(self):
+        "The end of an iteration, and the draw that begins the next one; False, with nothing drawn, where the run is to pause in between"
+        if self.stop_requested or self._saves:
+            return False
+        self._agenda = self._iteration()
+        self.global_step += 1
+        self._perform(self._agenda[0], scheduled=True)
+        return True
+
+    @property
+    def _validates(self):
+        return type(self).validation is not Engine.validation
 
     def _refuse_nonfinite(self, p):
         if self.config.nonfinite == "raise" and not torch.isfinite(p.last_loss):

@@ -291,17 +291,15 @@ def formula_of(optimizer, options, parameters):
 
 def by_formula(formula, optimizer, parameters, gradients, state, options, once=False):
     "The pair (parameters, state) after one step by a formula; `once`: nobody is going to take second derivatives of it, which saves time"
-    states = state or [{}] * len(parameters)
-    moved, after, rest = [], [], iter(zip(parameters, gradients, states))
+    found, begin, states = [], 0, state or [{}] * len(parameters)
     for group, held in zip(options, optimizer.param_groups):
-        ps, gs, own = zip(*(next(rest) for _ in held["params"]))
+        of_group = slice(begin, begin + len(held["params"]))
+        ps, gs, own, begin = parameters[of_group], gradients[of_group], states[of_group], of_group.stop
         if once and formula is _adam and _alike(ps, gs, own):
-            found = _adam_together(ps, gs, own, group)
+            found += _adam_together(ps, gs, own, group)
         else:
-            found = [(p, s) if g is None else formula(p, g, s, group) for p, g, s in zip(ps, gs, own)]
-        moved += [p for p, _ in found]
-        after += [s for _, s in found]
-    return moved, after
+            found += [(p, s) if g is None else formula(p, g, s, group) for p, g, s in zip(ps, gs, own)]
+    return [p for p, _ in found], [s for _, s in found]
 
 # %% ../nbs/core/24_optim.ipynb #392170db
 _PLAIN = (torch.float32, torch.float64)  # in half precision, torch rounds the factors of lists and of single tensors differently

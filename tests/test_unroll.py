@@ -11,6 +11,7 @@ from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProb
 from betty_nb.debugger.timeline import held
 from betty_nb.hypergradient import ForwardMode, Unroll
 from betty_nb.optim import differentiable_step
+from betty_nb.problems.live import Row
 from tests.programs import BOTH, bits, same
 
 DOUBLE = torch.float64
@@ -686,6 +687,174 @@ def test_hooks_written_for_no_grad_are_differentiated():
     engine = at_hypergradient(program(**options))
     assert (engine.inner.module[0].weight.abs() == 0.15).any()
     assert error(probed(engine)[0], central(**options)) < 1e-6
+
+
+# Steps in a row
+
+
+class Watching:
+    "A watcher that only looks, and so has every step made one by one"
+
+    def before(self, action):
+        pass
+
+    def after(self, action):
+        pass
+
+
+class Counting(Inner):
+    "Its loss depends on everything that counts steps"
+
+    def training_step(self, batch):
+        return super().training_step(batch) * (1 + 0.1 * self.count + 0.01 * self.steps + 0.001 * self.engine.global_step)
+
+
+def shuffled():
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:14], Y[:14]), batch_size=4, shuffle=True)
+
+
+IN_A_ROW = {
+    "counters": dict(cls=Counting),
+    "dropout and BatchNorm": dict(noise=True, make=torch.optim.Adam, loader=shuffled),
+    "truncated": dict(make=torch.optim.Adam, config=lambda: Config(unroll_steps=12, type=Unroll(truncate=5))),
+    "first order": dict(config=lambda: Config(unroll_steps=6, type=Unroll(first_order=True)), momentum=0.9),
+    "logging": dict(config=lambda: Config(unroll_steps=10, log_step=4)),
+    "two groups": dict(make=lambda net, top: torch.optim.SGD([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.01}], lr=0.1)),
+}
+
+
+def in_a_row(watched=False, **options):
+    engine = program(**{k: v() if k in ("config", "loader") else v for k, v in options.items()})
+    engine.watchers += [Watching()] * watched
+    torch.manual_seed(2)
+    return engine
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    "A list that receives the number of steps made in each row"
+    made, original = [], Row._restore
+    monkeypatch.setattr(Row, "_restore", lambda row: (original(row), made.append(row.made)))
+    return made
+
+
+def everything(engine):
+    inner = engine.inner
+    path = [(step.options, step.passes[0].counters) for stretch in inner.path.stretches for step in stretch.steps]
+    return engine.global_step, engine.next_action, inner.count, inner.steps, inner.drawn, inner.last_loss.item(), engine.outer.count, path
+
+
+@pytest.mark.parametrize("name", IN_A_ROW)
+def test_steps_in_a_row_have_the_bits_of_single_ones(name, rows):
+    one_by_one, row = in_a_row(True, **IN_A_ROW[name]), in_a_row(**IN_A_ROW[name])
+    torch.manual_seed(2)
+    for steps in (1, 7, 18, 25):
+        one_by_one.run(steps)
+    assert not rows
+    torch.manual_seed(2)
+    for steps in (1, 7, 18, 25):
+        row.run(steps)
+    assert max(rows) > 1
+    assert everything(one_by_one) == everything(row) and same(bits(one_by_one), bits(row))
+
+
+def test_a_validation_falls_between_two_rows(rows):
+    class Validating(Engine):
+        def validation(self):
+            self.seen = [*getattr(self, "seen", []), (self.global_step, self.inner.count, self.inner.module[0].weight.sum().item())]
+
+    engines = in_a_row(True), in_a_row()
+    for engine in engines:
+        engine.__class__, engine.config.valid_step = Validating, 4
+        engine.run(22)
+    assert rows and engines[0].seen == engines[1].seen and [step for step, _, _ in engines[1].seen] == [4, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize("where", ["the fifth loss", "the sixth batch"])
+def test_a_failure_in_a_row_is_as_one_in_a_single_step(where, rows):
+    def failing(watched):
+        class Failing(Inner):
+            fails = where == "the fifth loss"
+
+            def training_step(self, batch):
+                loss = super().training_step(batch)
+                if self.count == 4 and self.fails:
+                    raise ArithmeticError("bad luck")
+                return loss
+
+        class Batches:
+            fails = where == "the sixth batch"
+
+            def __iter__(self):
+                for i in range(100):
+                    while i == 5 and self.fails:
+                        self.fails = False
+                        raise OSError("bad luck")
+                    yield X[i % 7 :][:7], Y[i % 7 :][:7]
+
+        engine = in_a_row(watched, cls=Failing, loader=Batches, noise=True)
+        with pytest.raises((ArithmeticError, OSError), match="bad luck"):
+            engine.run(23)
+        failed = everything(engine), engine.completed, bits(engine)
+        engine.inner.fails = False
+        engine.run(23 - engine.completed)
+        return failed, everything(engine), bits(engine)
+
+    (at, completed, now), end, then = failing(True)
+    assert not rows
+    (row_at, row_completed, row_now), row_end, row_then = failing(False)
+    assert rows
+    assert (row_at, row_completed, row_end) == (at, completed, end) and same(now, row_now) and same(then, row_then)
+
+
+def test_a_row_ends_where_it_is_asked_to(rows, tmp_path):
+    class Stopping(Inner):
+        def training_step(self, batch):
+            if self.count == 3:
+                self.engine.stop()
+            if self.count == 6:
+                self.engine.save(tmp_path / "at_7.pt")
+            return super().training_step(batch)
+
+    engines = in_a_row(True, cls=Stopping), in_a_row(cls=Stopping)
+    for engine in engines:
+        engine.run(20)
+        assert engine.completed == 4
+        engine.run(5)
+        assert engine.completed == 9
+    assert rows and everything(engines[0]) == everything(engines[1]) and same(bits(engines[0]), bits(engines[1]))
+    saved = in_a_row(cls=Inner)
+    saved.load(tmp_path / "at_7.pt")
+    assert saved.completed == 7
+
+
+@pytest.mark.parametrize("hook", ["param_callback", "grad_callback", "epoch_callback", "update", "rate", "rate as a tensor"])
+def test_what_is_to_be_done_between_two_steps_is_done(hook, rows):
+    def engine(watched):
+        class Hooked(Inner):
+            calls = 0
+
+            def training_step(self, batch):
+                if hook.startswith("rate"):
+                    rate = 0.1 / (1 + self.count)
+                    optimizer.param_groups[0]["lr"] = rate if hook == "rate" or self.count % 4 else torch.tensor(rate)
+                return super().training_step(batch)
+
+        if hook != "rate":
+
+            def called(self):
+                self.calls += 1
+                return getattr(super(Hooked, self), hook)()
+
+            setattr(Hooked, hook, called)
+        engine = in_a_row(watched, cls=Hooked, noise=True)
+        optimizer = engine.inner.optimizer
+        engine.run(23)
+        return engine
+
+    single, row = engine(True), engine(False)
+    assert single.inner.calls == row.inner.calls and everything(single) == everything(row) and same(bits(single), bits(row))
+    assert hook.startswith("rate") or (row.inner.calls > 10 and not rows)
 
 
 # Faults

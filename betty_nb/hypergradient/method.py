@@ -53,7 +53,7 @@ class RandomState:
         self.numpy = numpy.random.get_state() if numpy else None
 
     def restore(self):
-        if not torch.equal(torch.default_generator.get_state(), self.cpu):  # which takes a tenth of the time of putting it back
+        if not _same_bytes(torch.default_generator.get_state(), self.cpu):  # which takes a tenth of the time of putting it back
             torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
@@ -64,7 +64,7 @@ class RandomState:
 
     def __eq__(self, other):
         "Whether the two states, saved with the same `torch_only`, are the same"
-        same = torch.equal(self.cpu, other.cpu) and all(map(torch.equal, self.cuda, other.cuda))
+        same = _same_bytes(self.cpu, other.cpu) and all(map(torch.equal, self.cuda, other.cuda))
         return same and (self.python is self.numpy is None or self.same_outside_torch(other))
 
     def same_outside_torch(self, other):
@@ -73,6 +73,11 @@ class RandomState:
         if self.numpy is not None and other.numpy is not None:
             same = same and self.numpy[2:] == other.numpy[2:] and bool((self.numpy[1] == other.numpy[1]).all())
         return same
+
+
+def _same_bytes(a, b):
+    "Whether two states of torch's generator are the same; eight bytes at a time, which takes half of the time"
+    return torch.equal(a.view(torch.int64), b.view(torch.int64))
 
 
 def to_the_end(restore):
