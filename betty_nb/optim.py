@@ -321,13 +321,18 @@ class _AdamStep(torch.autograd.Function):
             ctx.decay = decay
             gs = torch._foreach_add(gs, ps, alpha=decay)
         ctx.rate, ctx.correction = lr / (1 - b1**t), (1 - b2**t) ** 0.5
-        ms = torch._foreach_lerp(ms, gs, 1 - b1)
-        squares = torch._foreach_mul(squares, b2)
-        torch._foreach_addcmul_(squares, gs, gs, value=1 - b2)
-        scales = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scales, ctx.correction)
-        torch._foreach_add_(scales, options["eps"])
-        moved = torch._foreach_addcdiv(ps, ms, scales, value=-ctx.rate)
+        if ps[0].is_cpu:
+            moved, ms, squares = ([v.clone() for v in values] for values in (ps, ms, squares))
+            numbers = dict(lr=lr, beta1=b1, beta2=b2, eps=ctx.eps, weight_decay=0.0, amsgrad=False, maximize=False)
+            torch._fused_adam_(moved, gs, ms, squares, [], [torch.tensor(float(t))] * n, **numbers)
+        else:
+            ms = torch._foreach_lerp(ms, gs, 1 - b1)
+            squares = torch._foreach_mul(squares, b2)
+            torch._foreach_addcmul_(squares, gs, gs, value=1 - b2)
+            scales = torch._foreach_sqrt(squares)
+            torch._foreach_div_(scales, ctx.correction)
+            torch._foreach_add_(scales, ctx.eps)
+            moved = torch._foreach_addcdiv(ps, ms, scales, value=-ctx.rate)
         ctx.save_for_backward(*gs, *ms, *squares)
         return (*moved, *ms, *squares)
 
@@ -344,15 +349,16 @@ class _AdamStep(torch.autograd.Function):
         along = torch._foreach_div(to_p, scales)
         to_m = torch._foreach_add(to_m, along, alpha=-ctx.rate)
         torch._foreach_mul_(along, ms)
-        torch._foreach_div_(along, scales)
         torch._foreach_clamp_min_(roots, torch.finfo(roots[0].dtype).tiny ** 0.5)  # a weight that has never had a gradient has m = 0, too
-        torch._foreach_div_(along, roots)
-        to_s = torch._foreach_add(to_s, along, alpha=ctx.rate / (2 * ctx.correction))
+        torch._foreach_mul_(scales, roots)
+        to_s = torch._foreach_addcdiv(to_s, along, scales, value=ctx.rate / (2 * ctx.correction))
         to_g = torch._foreach_mul(to_m, 1 - b1)
-        torch._foreach_add_(to_g, torch._foreach_mul(gs, to_s), alpha=2 * (1 - b2))
+        torch._foreach_addcmul_(to_g, gs, to_s, value=2 * (1 - b2))
         to_p = torch._foreach_mul(to_p, ctx.shrink) if ctx.shrink != 1 else to_p
         to_p = torch._foreach_add(to_p, to_g, alpha=ctx.decay) if ctx.decay else to_p
-        return None, None, *to_p, *to_g, *torch._foreach_mul(to_m, b1), *torch._foreach_mul(to_s, b2)
+        torch._foreach_mul_(to_m, b1)
+        torch._foreach_mul_(to_s, b2)
+        return None, None, *to_p, *to_g, *to_m, *to_s
 
 
 def _alike(parameters, gradients, states):
@@ -361,16 +367,19 @@ def _alike(parameters, gradients, states):
         return False
     first, known = parameters[0].dtype, states[0].keys()
     same = first in _PLAIN and all(p.dtype == first for p in parameters) and all(s.keys() == known for s in states)
-    return same and ("step" not in known or len({s["step"].item() for s in states}) == 1)
+    if not same or "step" not in known:
+        return same
+    step = states[0]["step"]
+    return all(s["step"] is step or s["step"].item() == step.item() for s in states)
 
 
 def _adam_together(ps, gs, states, options):
     if not states[0]:
         states = [{"step": torch.zeros((), dtype=torch.float64), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)} for p in ps]
-    steps, n = torch._foreach_add([s["step"] for s in states], 1), len(ps)
-    found = _AdamStep.apply(options, steps[0].item(), *ps, *gs, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))
-    rest = zip(steps, found[n : 2 * n], found[2 * n :])
-    return [(p, {"step": step, "exp_avg": m, "exp_avg_sq": square}) for p, (step, m, square) in zip(found[:n], rest)]
+    step, n = states[0]["step"] + 1, len(ps)
+    found = _AdamStep.apply(options, step.item(), *ps, *gs, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))
+    rest = zip(found[n : 2 * n], found[2 * n :])
+    return [(p, {"step": step, "exp_avg": m, "exp_avg_sq": square}) for p, (m, square) in zip(found[:n], rest)]
 
 # %% ../nbs/core/24_optim.ipynb #4e1e2553
 def quick_step(optimizer):
