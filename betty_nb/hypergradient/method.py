@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'NON_FINITE', 'METHODS', 'flatten', 'unflatten', 'RandomState', 'to_the_end', 'Restoring', 'undisturbed',
-           'displaced', 'displaced_all', 'twice_differentiable', 'derivative', 'Linearization', 'Solve', 'relative',
-           'ratios', 'noise', 'single', 'free_to_read', 'finite', 'all_finite', 'select', 'option', 'check_option',
-           'Method', 'LinearSolve', 'register', 'BettyFunction', 'method_class', 'make_method']
+           'displaced', 'displaced_all', 'twice_differentiable', 'pass_back', 'derivative', 'Linearization', 'Solve',
+           'relative', 'ratios', 'noise', 'single', 'free_to_read', 'finite', 'all_finite', 'select', 'option',
+           'check_option', 'Method', 'LinearSolve', 'register', 'BettyFunction', 'method_class', 'make_method']
 
 # %% ../../nbs/core/01_method.ipynb #38ccbb61
 import dataclasses
@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.overrides import has_torch_function
 
 from ..distributed import ALONE
 from ..graph import closest
@@ -186,7 +187,39 @@ class twice_differentiable(Restoring):
         for name, enable in self._wrong:
             enable(name != "math")
 
-# %% ../../nbs/core/01_method.ipynb #aae9f919
+# %% ../../nbs/core/01_method.ipynb #55211fdb
+def pass_back(
+    outputs,  # list of tensors
+    inputs,  # list of tensors
+    vectors=None,  # list of tensors along `outputs`; None for ones
+    accumulate=False,  # add to the `.grad` of the inputs and return nothing, as torch.autograd.backward
+    retain_graph=None,
+    create_graph=False,
+    is_grads_batched=False,
+):
+    "What `torch.autograd.grad` returns, None for inputs that do not count"
+    options = dict(retain_graph=retain_graph, create_graph=create_graph)
+    if accumulate and _unusual(outputs, inputs, vectors):
+        return torch.autograd.backward(outputs, vectors, inputs=inputs, **options)
+    if is_grads_batched or _unusual(outputs, inputs, vectors):
+        return torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, is_grads_batched=is_grads_batched, **options)
+    vectors = map(torch.ones_like, outputs) if vectors is None else vectors
+    keep = create_graph if retain_graph is None else retain_graph
+    return _run_backward(tuple(outputs), tuple(vectors), keep, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=accumulate)
+
+
+def _unusual(outputs, inputs, vectors):
+    "Whether torch would do something else with the arguments than to pass them on"
+    if _run_backward is None or not inputs or has_torch_function((*outputs, *inputs)):
+        return True
+    if vectors is None:
+        return any(o.numel() != 1 for o in outputs)
+    return len(vectors) != len(outputs) or any(v is None or v.shape != o.shape or v.dtype != o.dtype for v, o in zip(vectors, outputs))
+
+
+_run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)  # what both of them call
+
+# %% ../../nbs/core/01_method.ipynb #b08a5e6f
 def derivative(
     outputs,  # a scalar tensor, or a list of tensors
     inputs,  # list of tensors
@@ -195,20 +228,20 @@ def derivative(
     **options,  # of torch.autograd.grad
 ):
     "The products of `vectors` with the derivatives of `outputs` in `inputs`, a list of tensors (None for inputs that do not count)"
-    if scale == 1.0:
-        return torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, **options)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    if scale == 1.0:
+        return pass_back(outputs, inputs, vectors, **options)
     vectors = [torch.ones_like(o) for o in outputs] if vectors is None else vectors
     largest = torch.stack([v.abs().max() for v in vectors if v.numel()]).max().float()
     largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     while True:
         enlarged = [(v * (scale / largest)).to(v.dtype) for v in vectors]
-        found = torch.autograd.grad(outputs, inputs, enlarged, allow_unused=True, **{**options, "retain_graph": True})
+        found = pass_back(outputs, inputs, enlarged, **{**options, "retain_graph": True})
         if scale < 1e-3 or all(torch.isfinite(g).all() for g in found if g is not None):
             return [None if g is None else g * (largest / scale).to(g.dtype) for g in found]
         scale /= 16
 
-# %% ../../nbs/core/01_method.ipynb #b701e7fb
+# %% ../../nbs/core/01_method.ipynb #848c3728
 class Linearization:
     "One level near its present parameters, on one batch"
 
@@ -328,7 +361,7 @@ class Linearization:
         flat = iter(flat)
         return {name: [next(flat) for _ in tensors] for name, tensors in self.wrt.items()}
 
-# %% ../../nbs/core/01_method.ipynb #ef242b04
+# %% ../../nbs/core/01_method.ipynb #c953dcd8
 NON_FINITE = "The solution is not finite: look for non-finite values in the level's loss or in the vector that reaches it."
 
 
@@ -514,7 +547,7 @@ class LinearSolve(Method):
         parts = level.mixed(solve.vector)
         return {name: [None if t is None else -t for t in tensors] for name, tensors in parts.items()}, solve
 
-# %% ../../nbs/core/01_method.ipynb #cc793563
+# %% ../../nbs/core/01_method.ipynb #a0265ab1
 METHODS = {}
 
 

@@ -17,7 +17,7 @@ import torch
 
 from ..configs import Config
 from ..distributed import ALONE
-from ..hypergradient.method import RandomState, unflatten
+from ..hypergradient.method import RandomState, pass_back, unflatten
 from ..optim import quick_step
 
 # %% ../../nbs/core/22_problems.ipynb #630a0fd0
@@ -423,7 +423,7 @@ class Problem:
             self._check_used(loss, parameters)
         scale, scaler = config.gradient_accumulation, self._gathering()
         loss = loss if scale == 1 else loss / scale
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss), inputs=parameters, retain_graph=config.retain_graph)
+        pass_back([loss if scaler is None else scaler.scale(loss)], parameters, accumulate=True, retain_graph=config.retain_graph)
 
     def _gathering(self):
         "The scaler (None without one) for what is gathered in `.grad` now; what was gathered at another scale is converted"
