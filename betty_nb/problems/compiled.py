@@ -7,7 +7,7 @@ __all__ = ['NO_STATE', 'OWN', 'AFTER', 'BETWEEN', 'GRADIENT', 'evaluate', 'gradi
            'descend_together', 'CompileWarning', 'Program', 'Steps', 'Compiler', 'operations', 'Account',
            'ProductAccount', 'StepsAccount', 'reason', 'Updates', 'Compiled', 'Products']
 
-# %% ../../nbs/core/29_compiled.ipynb #204caac7
+# %% ../../nbs/core/29_compiled.ipynb #a8b51c13
 import math
 import sys
 import time
@@ -270,6 +270,7 @@ class Account:
         self.problem, self.size = problem, None  # what `operations` says of the loss
         self.calls, self.fastest, self._look = 0, math.inf, self.sure  # in the usual way; _look: calls with which to look again
         self.since = None  # own steps of the level with which compiled code begins, None as long as it does not pay
+        self._rest, self._goal = 0, None  # calls that need not be looked at, as long as the goal of the run is this one
         self.began = problem.engine.completed if problem.engine else 0
 
     def run(self, function, *args):
@@ -297,7 +298,18 @@ class Account:
         if self.calls < self._look:
             return False
         self._look, least = self.calls + self.sure, self.least_calls()
-        return least is not None and max(self.calls, self.to_come()) > least
+        if least is None or max(self.calls, self.to_come()) > least:
+            return least is not None
+        self._rest, self._goal = int(least - self.calls) // 2, self.problem.engine and self.problem.engine.goal
+        return False
+
+    def rests(self):
+        "Whether the next call, which is counted, can't be the one that makes compiling worthwhile"
+        if self._rest < 1 or self.problem.engine.goal != self._goal:
+            return False
+        self._rest -= 1
+        self.calls += 1
+        return True
 
     def to_come(self):
         "The calls expected up to the end of the present run, 0 where that is not known"
@@ -508,7 +520,9 @@ class Compiled:
         check=lambda: None,  # called when the loss is known and no gradient has been added
     ):
         "Take the gradient of the level on its present batch, and perhaps move its parameters; False where the usual way has to be gone"
-        problem = self.problem
+        problem, account = self.problem, self.accounts.get("step")
+        if account is not None and problem.config.compile != "now" and account.rests():
+            return False
         if receives:
             self.say("its steps take a hypergradient; what passes through it can be compiled")
             return False
