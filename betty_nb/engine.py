@@ -259,12 +259,13 @@ class Engine:
             return self._after_step(p, action)
         if not self.graph.receivers(p.name) and self._taken != p.name:
             self._start_of_step(p, action)
-            if p.kind == "iterative" and self._go_ahead(p):
+            p.stepped = False
+            if p.kind == "iterative" and not self._go_ahead(p):
                 return []
-            if not p.config.compile or not self._take_several(p):
+            if not p.stepped and not (p.config.compile and self._take_several(p)):
                 self._take_gradient(p)
         self._taken, p.descended = p.name, False  # from here on, a repetition of this action goes on with the update
-        made = p.stepped or 1  # compiled code may have made several
+        made = p.stepped or 1  # compiled code may have made several; those of a row but the last are counted
         p.count += made
         p.steps += made
         try:
@@ -390,8 +391,8 @@ class Engine:
         return True
 
     def _go_ahead(self, p):
-        "The steps of `p` before the next one after which something is due, in a row; that one is left to be made, unless the run ends before it"
-        return self._unwatched(p) and p.in_a_row(self._steps_alone(p, p.config.unroll_steps) - 1, self._next_batch)
+        "The steps of `p` up to the first after which something is due, in a row where that can be; False where the run is to end before, and no step is due"
+        return not self._unwatched(p) or p.in_a_row(self._steps_alone(p, p.config.unroll_steps), self._next_batch)
 
     def _unwatched(self, p):
         "Whether this is a run that steps `p` only, and nobody looks at what is done in between"

@@ -87,7 +87,7 @@ def logistic(n=100, m=256):
     )
 
 # %% ../../nbs/benchmarks/00_workloads.ipynb #e713dbf7
-def _reweighting(name, net, inputs, m, classes, unroll, optimizer, alpha):
+def _reweighting(name, net, inputs, m, classes, unroll, optimizer, alpha, damping=1.0):
     batches = {k: [(inputs(m), torch.randint(classes, (m,))) for _ in range(4)] for k in ("outer", "inner")}
     weigh = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 1), nn.Sigmoid())
 
@@ -102,7 +102,7 @@ def _reweighting(name, net, inputs, m, classes, unroll, optimizer, alpha):
         return F.cross_entropy(models["inner"](x), y)
 
     losses, optimizers = {"outer": outer, "inner": inner}, {"outer": adam(1e-3), "inner": optimizer}
-    return Workload(name, {"outer": weigh, "inner": net}, losses, batches, optimizers, unroll, alpha=alpha, damping=1.0)
+    return Workload(name, {"outer": weigh, "inner": net}, losses, batches, optimizers, unroll, alpha=alpha, damping=damping)
 
 
 def reweighting_mlp(m=64):
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
 
 def encoder(m=4, length=16, layers=6, width=256):
     "Example weights for a transformer encoder of 5 million parameters"
-    return _reweighting("encoder, 5M", Encoder(layers, width), lambda m: torch.randint(1000, (m, length)), m, 10, 2, adam(1e-4), 0.01)
+    return _reweighting("encoder, 5M", Encoder(layers, width), lambda m: torch.randint(1000, (m, length)), m, 10, 2, adam(1e-4), 0.01, damping=10.0)
 
 # %% ../../nbs/benchmarks/00_workloads.ipynb #c93d4366
 def cleaning(m=256, count=2048):

@@ -187,24 +187,31 @@ class IterativeProblem(Problem):
                 p.grad = g.detach() if p.grad is None else p.grad + g.detach()
 
     def in_a_row(self, most, between):
-        """Make up to `most` steps with their graph, each on the batch drawn last, where no code of the user's is to be called in between; none where there
-        is. `between` is called after each, and draws the next batch. True where it has refused to, so that no step is left to be made."""
+        """Make `most` steps with their graph, each on the batch drawn last, where no code of the user's is to be called in between; none where there is.
+
+        `between` is called after each but the last, counts it, and draws the next batch. False where it has refused to, so that no step is due. Otherwise
+        the next step is, and `stepped` says whether it has moved the parameters already: it is then only to be counted."""
         config = self.config
         if config.gradient_accumulation > 1 or self.scheduler is not None or self.trial is not None or not plain_update(self):
-            return False
+            return True
         if self._own_step or not vars(self).keys().isdisjoint(IN_A_ROW):
-            return False
+            return True
         self._make_room()
         live, stretch = self._present_graph(), self._path.stretches[-1]
         most = min(most, stretch.length - len(stretch.steps))
-        if live is None or most < 1:
-            return False
+        if live is None or most < 2:
+            return True
         row = Row(live)
         with row:
-            while row.made < most and row.goes_on() and self._step_in_row(row):
+            while row.goes_on() and self._step_in_row(row):
+                if row.made == most:
+                    self.stepped = 1
+                    break
+                self.count += 1
+                self.steps += 1
                 if not between():
-                    return True
-        return False
+                    return False
+        return True
 
     def _step_in_row(self, row):
         seen, counters = self._path.others.seen(), (self.count, self.steps)
@@ -220,8 +227,6 @@ class IterativeProblem(Problem):
         self._path.add_pass(Pass(self.batch, seen, counters, random, 1, self.loss_scale, given=None))
         self._path.add_step(row.options, None, getattr(self.config.type, "truncate", 0))
         self.optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
-        self.count += 1
-        self.steps += 1
         return True
 
     def add_gradient(self, grads):
@@ -229,6 +234,9 @@ class IterativeProblem(Problem):
         self._path.add_pass(Pass(*self._pass, given=grads))
 
     def update(self):
+        if self.stepped:  # the last of a row, after which no hook of the user's is to be called
+            self.stepped, self.descended = False, True
+            return True
         if own_hook(self, "optimizer_options"):
             self._learn_options()
         self._options = [] if self.optimizer is None else options_of(self.optimizer)

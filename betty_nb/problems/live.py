@@ -152,11 +152,11 @@ class Row(Restoring):
             self.live.copy()
 
     def goes_on(self):
-        "Whether the next step can be made here: nobody has changed a parameter, or chosen an option for which there is no formula"
-        values = [list(group.values()) for group in self._optimizer.param_groups]
+        "Whether the next step can be made here: nobody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula"
+        values = [[v for k, v in group.items() if k != "params"] for group in self._optimizer.param_groups]
         if values != self._values:
             self._values, self.options = values, options_of(self._optimizer)
-        return self.live.agrees() and self.live.has_formula(self.options)
+        return self.live.agrees() and not observed(self._optimizer) and self.live.has_formula(self.options)
 
     def begin(self, seen):
         "Put the tensors of the graph, and of the other levels as they were `seen`, into place for a pass"

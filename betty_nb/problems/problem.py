@@ -159,7 +159,7 @@ class Problem:
         self.batch = None  # the batch drawn last
         self.last_loss, self.metrics = None, {}  # of the last training step, detached
         self.descended = False  # whether the descent in progress has moved the parameters already
-        self.stepped = False  # whether compiled code has moved them (how many steps), and an update has nothing left to move
+        self.stepped = False  # whether they have been moved with the gradient (how many steps), and an update has nothing left to move
         self.solutions = {}  # {(upper level, method): tensor} that the last training hypergradient left here, for warm starts
         self._sources = None
         self.trial = None  # with EngineConfig(roll_back=True): the Trial of the present unroll, None where none is open
