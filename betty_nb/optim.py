@@ -321,18 +321,12 @@ class _AdamStep(torch.autograd.Function):
             ctx.decay = decay
             gs = torch._foreach_add(gs, ps, alpha=decay)
         ctx.rate, ctx.correction = lr / (1 - b1**t), (1 - b2**t) ** 0.5
+        moved, ms, squares = ([v.clone() for v in values] for values in (ps, ms, squares))
         if ps[0].is_cpu:
-            moved, ms, squares = ([v.clone() for v in values] for values in (ps, ms, squares))
             numbers = dict(lr=lr, beta1=b1, beta2=b2, eps=ctx.eps, weight_decay=0.0, amsgrad=False, maximize=False)
             torch._fused_adam_(moved, gs, ms, squares, [], [torch.tensor(float(t))] * n, **numbers)
         else:
-            ms = torch._foreach_lerp(ms, gs, 1 - b1)
-            squares = torch._foreach_mul(squares, b2)
-            torch._foreach_addcmul_(squares, gs, gs, value=1 - b2)
-            scales = torch._foreach_sqrt(squares)
-            torch._foreach_div_(scales, ctx.correction)
-            torch._foreach_add_(scales, ctx.eps)
-            moved = torch._foreach_addcdiv(ps, ms, scales, value=-ctx.rate)
+            _adam_lists(options, t, moved, gs, ms, squares)
         ctx.save_for_backward(*gs, *ms, *squares)
         return (*moved, *ms, *squares)
 
@@ -359,6 +353,20 @@ class _AdamStep(torch.autograd.Function):
         torch._foreach_mul_(to_m, b1)
         torch._foreach_mul_(to_s, b2)
         return None, None, *to_p, *to_g, *to_m, *to_s
+
+
+def _adam_lists(options, t, parameters, gradients, means, squares, largest=None):
+    "Move lists of tensors in place by the step t of Adam, its weight decay left out"
+    b1, b2 = options["betas"]
+    torch._foreach_lerp_(means, gradients, 1 - b1)
+    torch._foreach_mul_(squares, b2)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - b2)
+    if largest is not None:
+        torch._foreach_maximum_(largest, squares)
+    roots = torch._foreach_sqrt(squares if largest is None else largest)
+    torch._foreach_div_(roots, (1 - b2**t) ** 0.5)
+    torch._foreach_add_(roots, options["eps"])
+    torch._foreach_addcdiv_(parameters, means, roots, value=-(options["lr"] / (1 - b1**t)))
 
 
 def _alike(parameters, gradients, states):
@@ -455,23 +463,14 @@ def _sgd_in_place(group, parameters, gradients, buffers=None):
 
 
 def _adam_in_place(group, parameters, gradients, steps, means, squares, largest=None):
-    lr, decay, (b1, b2) = group["lr"], group["weight_decay"], group["betas"]
+    decay = group["weight_decay"]
     torch._foreach_add_(steps, 1)
-    t = steps[0].item()  # on the CPU, where Adam counts
     gradients = torch._foreach_neg(gradients) if group["maximize"] else gradients
     if decay and group["decoupled_weight_decay"]:
-        torch._foreach_mul_(parameters, 1 - lr * decay)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * decay)
     elif decay:
         gradients = torch._foreach_add(gradients, parameters, alpha=decay)
-    torch._foreach_lerp_(means, gradients, 1 - b1)
-    torch._foreach_mul_(squares, b2)
-    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - b2)
-    if largest is not None:
-        torch._foreach_maximum_(largest, squares)
-    roots = torch._foreach_sqrt(squares if largest is None else largest)
-    torch._foreach_div_(roots, (1 - b2**t) ** 0.5)
-    torch._foreach_add_(roots, group["eps"])
-    torch._foreach_addcdiv_(parameters, means, roots, value=-(lr / (1 - b1**t)))
+    _adam_lists(group, steps[0].item(), parameters, gradients, means, squares, largest)  # the count is on the CPU
 
 
 _IN_PLACE = {torch.optim.SGD: _sgd_in_place, torch.optim.Adam: _adam_in_place, torch.optim.AdamW: _adam_in_place}

@@ -85,7 +85,8 @@ class TorchOpt(_Peer):
         self.net, optimizer = work.modules["inner"], work.optimizer("inner")
         group = optimizer.param_groups[0]
         if isinstance(optimizer, torch.optim.Adam):
-            self.optimizer = torchopt.MetaAdam(self.net, lr=group["lr"])
+            tiny = torch.finfo(torch.float32).tiny  # without it the derivative of a weight without gradient is NaN
+            self.optimizer = torchopt.MetaAdam(self.net, lr=group["lr"], eps_root=tiny)
         else:
             self.optimizer = torchopt.MetaSGD(self.net, lr=group["lr"], momentum=group["momentum"])
 
