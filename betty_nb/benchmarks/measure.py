@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CASES', 'EXACT_TO', 'method_of', 'Program', 'parameters', 'difference', 'Ratio', 'interleaved',
-           'geometric_mean', 'overhead', 'Peak', 'peak', 'full', 'report']
+           'geometric_mean', 'overhead', 'Peak', 'peak', 'full', 'shown', 'report']
 
-# %% ../../nbs/benchmarks/02_measure.ipynb #a071d70c
+# %% ../../nbs/benchmarks/02_measure.ipynb #80dfbad7
+import base64
 import gc
+import html
+import io
 import os
 import statistics
 import time
@@ -199,6 +202,15 @@ def peak(side, n=1):
 def full():
     "Whether the benchmarks are to run in full"
     return os.environ.get("BETTY_NB_BENCHMARKS", "") == "full"
+
+
+def shown(figure, alt):
+    "A matplotlib figure as a picture in a notebook, and in words: `alt`"
+    from IPython.display import HTML
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=90)
+    return HTML(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">')
 
 
 def report(cases=CASES, sides=None, **options):
