@@ -204,13 +204,19 @@ def full():
     return os.environ.get("BETTY_NB_BENCHMARKS", "") == "full"
 
 
-def shown(figure, alt):
+class shown:
     "A matplotlib figure as a picture in a notebook, and in words: `alt`"
-    from IPython.display import HTML
 
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=90)
-    return HTML(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">')
+    def __init__(self, figure, alt):
+        self.figure, self.alt = figure, alt
+
+    def __repr__(self):
+        return self.alt
+
+    def _repr_html_(self):
+        png = io.BytesIO()
+        self.figure.savefig(png, format="png", dpi=90)
+        return f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 
 def report(cases=CASES, sides=None, **options):
