@@ -828,6 +828,23 @@ def test_a_row_ends_where_it_is_asked_to(rows, tmp_path):
     assert saved.completed == 7
 
 
+def test_whoever_draws_a_batch_sees_the_parameters_themselves(rows):
+    seen = []
+
+    class Looking:
+        def __iter__(self):
+            for _ in range(100):
+                inner = seen[0]
+                seen.append((all(isinstance(p, torch.nn.Parameter) for p in inner.module.parameters()), type(inner.optimizer), inner.optimizer is optimizer))
+                yield X[:7], Y[:7]
+
+    engine = in_a_row(loader=Looking)
+    optimizer = engine.inner.optimizer
+    seen.append(engine.inner)
+    engine.run(20)
+    assert max(rows) == 10 and set(seen[1:]) == {(True, torch.optim.SGD, True)}
+
+
 def test_a_hook_of_the_optimizer_sees_the_steps_from_when_it_is_there(rows):
     engine, seen = in_a_row(make=torch.optim.Adam), []
     engine.run(3)

@@ -6,10 +6,8 @@
 __all__ = ['METHODS', 'CASES', 'EXACT_TO', 'method_of', 'Program', 'parameters', 'difference', 'Ratio', 'interleaved',
            'geometric_mean', 'overhead', 'Peak', 'peak', 'full', 'shown', 'report']
 
-# %% ../../nbs/benchmarks/02_measure.ipynb #80dfbad7
-import base64
+# %% ../../nbs/benchmarks/02_measure.ipynb #7b313b0c
 import gc
-import html
 import io
 import os
 import statistics
@@ -204,19 +202,13 @@ def full():
     return os.environ.get("BETTY_NB_BENCHMARKS", "") == "full"
 
 
-class shown:
+def shown(figure, alt):
     "A matplotlib figure as a picture in a notebook, and in words: `alt`"
+    from betty_nb.views.figures import image_html  # which loads matplotlib
 
-    def __init__(self, figure, alt):
-        self.figure, self.alt = figure, alt
-
-    def __repr__(self):
-        return self.alt
-
-    def _repr_html_(self):
-        png = io.BytesIO()
-        self.figure.savefig(png, format="png", dpi=90)
-        return f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=90)
+    return image_html(png.getvalue(), alt)
 
 
 def report(cases=CASES, sides=None, **options):

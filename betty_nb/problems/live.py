@@ -173,6 +173,7 @@ class Row(Restoring):
     def end(self, found):
         "Make the step with the gradient `found`; False, as if the pass had not been made, where its own code has chosen options without a formula"
         live, self.problem.optimizer = self.live, self._optimizer
+        live.places.put_back()  # what draws the next batch may be anybody's
         if not self.goes_on():
             for module, buffers in zip(live.places.buffered, self._before_pass):
                 module._buffers.update(buffers)
