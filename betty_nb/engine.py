@@ -411,7 +411,8 @@ class Engine:
             return False
         self._agenda = self._iteration()
         self.global_step += 1
-        self._perform(self._agenda[0], scheduled=True)
+        self._do_draw(self._agenda[0])  # nobody watches
+        del self._agenda[0]
         return True
 
     @property

@@ -1,6 +1,7 @@
 """Iterative differentiation, for what the notebooks do not show: every optimizer in a real program, time travel, mixtures of levels, faults."""
 
 import copy
+import gc
 import time
 import weakref
 
@@ -633,6 +634,21 @@ def test_a_graph_that_takes_too_much_is_not_kept():
     engine = program(net=wide, config=Config(unroll_steps=2000))
     engine.advance(), engine.advance()
     assert engine.inner.path.stretches[0].live is None and engine.inner.path.stretches[0].length == 44
+
+
+def test_the_graph_of_an_unroll_goes_when_the_next_begins():
+    engine, graphs = program(), []
+    collecting = gc.isenabled()
+    gc.disable()  # or it would clear up sooner or later, when a GPU may be full
+    try:
+        for _ in range(4):
+            engine.run(10)
+            graphs.append(weakref.ref(engine.inner.path.stretches[0].live))
+        at_hypergradient(engine)
+        assert [graph() is not None for graph in graphs] == [False] * 4 and engine.inner.path.stretches[0].live is not None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def test_a_pass_that_fails_leaves_nothing_in_the_graph():

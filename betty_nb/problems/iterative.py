@@ -109,6 +109,12 @@ class IterativeProblem(Problem):
                 own[i].copy_(tensor)
         path.copied = {i: source for i, source in found.items() if i not in chosen}
         path.first = path.others.seen()
+        self._go_on_with(path)
+
+    def _go_on_with(self, path):
+        "Replace the path. The graph of the old one is let go: it refers to itself, so Python would keep it until its collector comes"
+        for stretch in self._path.stretches if self._path is not None else ():
+            stretch.end_graph()
         self._path = path
 
     def initial_tensors(self):
@@ -203,7 +209,7 @@ class IterativeProblem(Problem):
             return True
         row = Row(live)
         with row:
-            while row.goes_on() and self._step_in_row(row):
+            while (row.made or row.goes_on()) and self._step_in_row(row):
                 if row.made == most:
                     self.stepped = 1
                     break
@@ -297,7 +303,7 @@ class IterativeProblem(Problem):
         return None if self._path is None else self._path.kept()
 
     def recall(self, memory, elsewhere=False):
-        self._path = None if memory is None else memory.restored(self)
+        self._go_on_with(None if memory is None else memory.restored(self))
         if elsewhere and self._path is not None:
             self._path.others.forget()
 

@@ -99,15 +99,17 @@ class Live:
 
     def copy(self, state=True):
         "Give the parameters their values, and the optimizer its `state`"
-        own, values = list(self.places.own), list(self.after)
-        for p, new in zip(self.places.own, self.after_state if state else ()):
-            known = self.problem.optimizer.state[p] if new else {}
-            for key, value in new.items():
-                if isinstance(known.get(key), torch.Tensor):
-                    own.append(known[key])
-                    values.append(value)
-                else:  # optimizers count in the default type
-                    known[key] = value.detach().clone() if value.dim() else value.detach().to(torch.get_default_dtype())
+        own, values = self.places.own, self.after
+        if state and any(self.after_state):
+            own, values = list(own), list(values)
+            for p, new in zip(self.places.own, self.after_state):
+                known = self.problem.optimizer.state[p] if new else {}
+                for key, value in new.items():
+                    if isinstance(known.get(key), torch.Tensor):
+                        own.append(known[key])
+                        values.append(value)
+                    else:  # optimizers count in the default type
+                        known[key] = value.detach().clone() if value.dim() else value.detach().to(torch.get_default_dtype())
         with torch.no_grad():
             torch._foreach_copy_(own, values)
         self._versions = [p._version for p in self.places.own]
