@@ -636,16 +636,17 @@ def test_a_graph_that_takes_too_much_is_not_kept():
     assert engine.inner.path.stretches[0].live is None and engine.inner.path.stretches[0].length == 44
 
 
-def test_the_graph_of_an_unroll_goes_when_the_next_begins():
-    engine, graphs = program(), []
+@pytest.mark.parametrize("truncate", [0, 4])
+def test_the_graph_of_an_unroll_goes_when_the_next_begins(truncate):
+    engine, graphs = program(config=Config(type=Unroll(truncate=truncate), unroll_steps=10)), []
     collecting = gc.isenabled()
     gc.disable()  # or it would clear up sooner or later, when a GPU may be full
     try:
-        for _ in range(4):
-            engine.run(10)
-            graphs.append(weakref.ref(engine.inner.path.stretches[0].live))
-        at_hypergradient(engine)
-        assert [graph() is not None for graph in graphs] == [False] * 4 and engine.inner.path.stretches[0].live is not None
+        for _ in range(40):
+            engine.run(1)
+            graphs += [weakref.ref(stretch.live) for stretch in engine.inner.path.stretches]
+        alive = {id(graph()) for graph in graphs if graph() is not None}
+        assert alive == {id(stretch.live) for stretch in engine.inner.path.stretches} and len(alive) < len({id(graph) for graph in graphs})
     finally:
         if collecting:
             gc.enable()

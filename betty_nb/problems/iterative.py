@@ -112,7 +112,7 @@ class IterativeProblem(Problem):
         self._go_on_with(path)
 
     def _go_on_with(self, path):
-        "Replace the path. The graph of the old one is let go: it refers to itself, so Python would keep it until its collector comes"
+        "Replace the path, and let the graphs of the old one go"
         for stretch in self._path.stretches if self._path is not None else ():
             stretch.end_graph()
         self._path = path

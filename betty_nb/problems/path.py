@@ -70,7 +70,7 @@ class Stretch:
         return len(self.steps) >= self.length
 
     def end_graph(self):
-        "Make the steps without a graph from now on"
+        "Make the steps without a graph from now on. A graph refers to its stretch, so without this Python would keep both until its collector comes"
         self.held, self.live = False, None
 
 # %% ../../nbs/core/25_path.ipynb #565529b3
@@ -188,7 +188,9 @@ class Path:
         self.stretches[-1].steps.append(Step(self.passes, options, random))
         self.passes = ()
         while most and len(self) - len(self.stretches[0].steps) >= most:
-            self.dropped += len(self.stretches.pop(0).steps)
+            oldest = self.stretches.pop(0)
+            self.dropped += len(oldest.steps)
+            oldest.end_graph()
 
     def kept(self):
         "The path as it is now, for `restored`"
