@@ -121,7 +121,8 @@ class CG(LinearSolve):
             "negative curvature": (lambda: stopped_by(lambda c: c <= 0), advice),
         }
         found = self._remembered(w, vector - left, known) if self.warm_start else None
-        return Solve(w, len(made), residuals, trouble, self.tolerance or Solve.tolerance, start=found)
+        remedy = Solve.remedy if self.warm_start else f"{Solve.remedy}, or set warm_start"
+        return Solve(w, len(made), residuals, trouble, self.tolerance or Solve.tolerance, start=found, remedy=remedy)
 
     def _remembered(self, w, product, known):
         "What the next forecast is made of, (2, k, n): the last k solutions, the newest first, and their products"

@@ -379,6 +379,7 @@ class Solve:
     standard_error: object = None  # of the pulled-back vector, a 0-d tensor: root of the summed variances; None where nothing is sampled
     shift: object = None  # (n,) by which the level's parameters are moved after a training hypergradient; None, the rule, for not at all
     start: object = None  # a tensor from which the next solve begins, for methods with a warm start; None for `vector`
+    remedy: str = "allow more of them"  # what to do where the iterations were too few
 
     def __post_init__(self):
         if callable(self.residuals):
@@ -417,7 +418,7 @@ class Solve:
             return "fixed", ""
         if self.residual <= self.tolerance:
             return "converged", ""
-        return "not converged", f"The residual is still {self.residual:.1e} after {self.iterations} iterations: allow more of them."
+        return "not converged", f"The residual is still {self.residual:.1e} after {self.iterations} iterations: {self.remedy}."
 
 
 def relative(residual, vector):
