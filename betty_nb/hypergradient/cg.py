@@ -121,7 +121,7 @@ class CG(LinearSolve):
             "negative curvature": (lambda: stopped_by(lambda c: c <= 0), advice),
         }
         found = self._remembered(w, vector - left, known) if self.warm_start else None
-        remedy = Solve.remedy if self.warm_start else f"{Solve.remedy}, or set warm_start"
+        remedy = Solve.remedy if self.warm_start else f"{Solve.remedy}, or set warm_start if its batch stays the same"
         return Solve(w, len(made), residuals, trouble, self.tolerance or Solve.tolerance, start=found, remedy=remedy)
 
     def _remembered(self, w, product, known):
