@@ -13,6 +13,7 @@ import time
 import weakref
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .records import Comparison, ComparisonRow, HypergradientRecord, ParameterRow, PathRow, SolveRow, verdict
@@ -29,6 +30,8 @@ class Allocations(TorchDispatchMode):
         self.peak, self._now, self._alive = 0, 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError("dual numbers under a dispatch mode")
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
