@@ -207,7 +207,7 @@ class IterativeProblem(Problem):
         most = min(most, stretch.length - len(stretch.steps))
         if live is None or most < 2:
             return True
-        row = Row(live)
+        row = Row(live, self._draws.before() if self._draws.none_so_far and self._draws_nothing_itself() else None)
         with row:
             while (row.made or row.goes_on()) and self._step_in_row(row):
                 if row.made == most:
@@ -217,18 +217,26 @@ class IterativeProblem(Problem):
                 self.steps += 1
                 if not between():
                     return False
+            if row.random:
+                self._draws.used(row.random)
         return True
+
+    def _draws_nothing_itself(self):
+        "Whether the draw of a batch takes no random number: batches are in a list"
+        return self.train_data_loader is None or not self.waiting and all(type(source.loader) in (list, tuple) for source in self.sources())
 
     def _step_in_row(self, row):
         seen, counters = self._path.others.seen(), (self.count, self.steps)
-        before = self._draws.before()
+        before = row.random or self._draws.before()
         row.begin(seen)
         loss = super().training_loss()
-        random, found = self._draws.used(before), row.live.gradient_of(loss, 1)
+        random = self._draws.used(before) if row.random is None else None if row.made else before
+        found = row.live.gradient_of(loss, 1)
         if not self.config.allow_unused:
             self._refuse_unused(found)
         if not row.end(found):
-            before.restore()
+            if not row.made or row.random is None:
+                before.restore()
             return False
         self._path.add_pass(Pass(self.batch, seen, counters, random, 1, self.loss_scale, given=None))
         self._path.add_step(row.options, None, getattr(self.config.type, "truncate", 0))

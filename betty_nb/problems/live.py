@@ -27,6 +27,7 @@ class Live:
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
         self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
         self._options, self._formula = None, None  # the options for which `_formula` has been looked up
+        self._without_graph = torch.no_grad()
         self.begin_update()
 
     def begin_update(self):
@@ -110,7 +111,7 @@ class Live:
                         values.append(value)
                     else:  # optimizers count in the default type
                         known[key] = value.detach().clone() if value.dim() else value.detach().to(torch.get_default_dtype())
-        with torch.no_grad():
+        with self._without_graph:
             torch._foreach_copy_(own, values)
         self._versions = [p._version for p in self.places.own]
 
@@ -131,12 +132,15 @@ class Live:
         self._claims = claims
         return all(torch.equal(p, t) for p, t in zip(self.places.own, self.after))
 
-# %% ../../nbs/core/27_live.ipynb #b38eb34a
+# %% ../../nbs/core/27_live.ipynb #86c3dc3f
 class Row(Restoring):
-    "A context in which steps are made in a row, the parameters being given their values after each"
+    """A context in which steps are made in a row, the parameters being given their values after each.
 
-    def __init__(self, live):
-        self.live, self.problem, self.made = live, live.problem, 0
+    `random` is the RandomState before the first, for all of them: where nothing but the steps draws random numbers, those of the others follow. None where
+    each step has to keep its own."""
+
+    def __init__(self, live, random=None):
+        self.live, self.problem, self.made, self.random = live, live.problem, 0, random
 
     def _keep(self):
         optimizer = self._optimizer = self.problem.optimizer

@@ -26,7 +26,7 @@ class Pass:
     batch: object
     seen: tuple  # the parameters of the other levels, along Others.tensors
     counters: tuple  # the level's count and steps
-    random: object  # the RandomState before it, None where it drew no random number
+    random: object  # the RandomState before it, None where it drew no random number, or where nothing else did since the pass before
     scale: int  # the gradient is divided by this
     loss_scale: float  # see `derivative`
     given: object  # the gradient used where it is more than that of the loss (a level with a hypergradient of its own), else None
@@ -117,7 +117,12 @@ class Draws:
     learning = 40
 
     def __init__(self):
-        self.looks, self.slow_ones = 0, False
+        self.looks, self.slow_ones, self.any = 0, False, False
+
+    @property
+    def none_so_far(self):
+        "Whether no number was drawn in the first steps, nor in any that was watched since"
+        return self.looks > self.learning and not self.any
 
     def before(self):
         self.looks += 1
@@ -128,6 +133,7 @@ class Draws:
         after = RandomState(torch_only=before.python is None)
         if after == before:
             return None
+        self.any = True
         self.slow_ones |= before.python is not None and torch.equal(before.cpu, after.cpu)
         return before
 
