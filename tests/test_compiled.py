@@ -201,6 +201,22 @@ def test_a_step_that_cannot_be_traced_is_named_and_goes_on(capsys):
 
 
 @compiler
+def test_a_step_that_changes_the_optimizer_goes_on_in_the_usual_way():
+    def slower(self, batch):
+        if self.count % 4 == 3:
+            self.optimizer.param_groups[0]["lr"] *= 0.5
+        return fit(self, batch)
+
+    engine = program(slower, optimizer=lambda p: torch.optim.Adam(p, lr=0.1), compile="now")
+    engine.run(3)
+    assert engine.inner.compiled.programs["step"].variants
+    with pytest.warns(CompileWarning, match="changes options of an optimizer"):
+        engine.run(1)
+    engine.run(8)
+    (group,) = engine.inner.optimizer.param_groups
+    assert group["lr"] == 0.1 / 8 and group["capturable"] is False and not engine.inner.compiled.programs["step"].variants
+
+
 def test_debugger_goes_back_and_forth_bit_for_bit():
     def ready(compile):
         engine = noisy_program("darts")  # dropout, BatchNorm, Adam, a scheduler, shuffled data

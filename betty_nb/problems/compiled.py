@@ -165,7 +165,7 @@ class Program:
                 raise
 
     def _compile(self, args):
-        start, before = time.perf_counter(), RandomState()
+        start, before, options = time.perf_counter(), RandomState(), _options(args[0])
         try:
             with self._config.patch(
                 trace_autograd_ops=True, skip_nnmodule_hook_guards=False, allow_unspec_int_on_nn_module=True, recompile_limit=self.most
@@ -184,7 +184,26 @@ class Program:
         after = RandomState()
         self.random |= not before.same_outside_torch(after)
         self.draws |= before != after
+        if _changed(options):  # code that writes into them marks them as `capturable` besides; this step was made with those from before
+            self.open, self.variants = False, 0
+            self.say("training_step changes options of an optimizer, which a scheduler or param_callback can do")
         return result
+
+
+def _options(problem):
+    "Pairs (options of a group of an optimizer, what they are now) of all levels"
+    optimizers = [q.optimizer for q in problem.engine.problems if q.optimizer is not None]
+    return [(group, dict(group)) for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _changed(options):
+    "Whether one is another now; what torch has added is taken away"
+    changed = [(group, before) for group, before in options if len(group) != len(before) or any(group.get(k) is not v for k, v in before.items())]
+    for group, before in changed:
+        new = {k: group[k] for k in before}
+        group.clear()
+        group.update(new, **{k: before[k] for k in ("capturable",) if k in before})
+    return bool(changed)
 
 
 class Steps(Program):
