@@ -107,8 +107,8 @@ class Sweep:
         if method.serves != getattr(problem, "kind", "implicit"):
             raise ValueError(f"Level {j!r}: {method.refusal(problem)}")
         start = time.perf_counter()
-        apart = nullcontext() if method.serves == "iterative" else undisturbed([p.module for p in self.problems.values()], torch_only=True)  # a Replay is one itself
-        with apart, twice_differentiable() if method.second_order else nullcontext():
+        kernels = twice_differentiable() if method.second_order else nullcontext()
+        with undisturbed([p.module for p in self.problems.values()], torch_only=True), kernels:
             local = self.linearize(j, method)
             parts, solve = method.pull_back(local, vector)
         hessian = "total" if j in self.total else "direct"
