@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import NON_FINITE, LinearSolve, Solve, option, register, select
+from .method import NON_FINITE, LinearSolve, Solve, finite, option, register, select
 
 # %% ../../nbs/core/03_cg.ipynb #68fbf969
 class Orthogonal:
@@ -126,7 +126,7 @@ class CG(LinearSolve):
 
     def _remembered(self, w, product, known):
         "What the next forecast is made of, (2, k, n): the last k solutions, the newest first, and their products"
-        newest = torch.stack([w, product])[:, None]
+        newest = finite(torch.stack([w, product])[:, None])  # zeros are left out of a forecast
         return newest if known is None else torch.cat([newest, known.to(newest)[:, : self.solutions - 1]], 1)
 
     def _begin(self, product, vector, known):

@@ -184,7 +184,7 @@ class Program:
         after = RandomState()
         self.random |= not before.same_outside_torch(after)
         self.draws |= before != after
-        if _changed(options):  # code that writes into them marks them as `capturable` besides; this step was made with those from before
+        if _changed_by_trace(options):  # this step was made with those from before
             self.open, self.variants = False, 0
             self.say("training_step changes options of an optimizer, which a scheduler or param_callback can do")
         return result
@@ -196,8 +196,8 @@ def _options(problem):
     return [(group, dict(group)) for optimizer in optimizers for group in optimizer.param_groups]
 
 
-def _changed(options):
-    "Whether one is another now; what torch has added is taken away"
+def _changed_by_trace(options):
+    "Whether one is another now. Torch's trace marks what it writes into as `capturable` besides; that mark is taken away"
     changed = [(group, before) for group, before in options if len(group) != len(before) or any(group.get(k) is not v for k, v in before.items())]
     for group, before in changed:
         new = {k: group[k] for k in before}
@@ -475,7 +475,7 @@ class Compiled:
         return sum(program.seconds for program in self.programs.values())
 
     def __str__(self):
-        if not self.seconds:
+        if not any(program.variants for program in self.programs.values()):
             account = self.accounts.get("step")
             least = account and account.least_calls()
             return "not compiled" if not least or account.since is not None else f"not compiled: pays after about {_round(least)} steps"

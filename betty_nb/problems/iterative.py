@@ -207,22 +207,22 @@ class IterativeProblem(Problem):
         most = min(most, stretch.length - len(stretch.steps))
         if live is None or most < 2:
             return True
-        row = Row(live, self._draws.before() if self._draws.none_so_far and self._draws_nothing_itself() else None)
+        row = Row(live, self._draws.before() if self._draws.none_so_far and self._batches_are_listed() else None)
+        due = True
         with row:
-            while (row.made or row.goes_on()) and self._step_in_row(row):
+            while due and (row.made or row.goes_on()) and self._step_in_row(row):
                 if row.made == most:
                     self.stepped = 1
                     break
                 self.count += 1
                 self.steps += 1
-                if not between():
-                    return False
+                due = between()
             if row.random:
                 self._draws.used(row.random)
-        return True
+        return due
 
-    def _draws_nothing_itself(self):
-        "Whether the draw of a batch takes no random number: batches are in a list"
+    def _batches_are_listed(self):
+        "Whether the batches come from lists, so that no random number is drawn between two steps"
         return self.train_data_loader is None or not self.waiting and all(type(source.loader) in (list, tuple) for source in self.sources())
 
     def _step_in_row(self, row):

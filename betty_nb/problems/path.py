@@ -117,12 +117,12 @@ class Draws:
     learning = 40
 
     def __init__(self):
-        self.looks, self.slow_ones, self.any = 0, False, False
+        self.looks, self.slow_ones, self.drew = 0, False, False
 
     @property
     def none_so_far(self):
         "Whether no number was drawn in the first steps, nor in any that was watched since"
-        return self.looks > self.learning and not self.any
+        return self.looks > self.learning and not self.drew
 
     def before(self):
         self.looks += 1
@@ -133,7 +133,7 @@ class Draws:
         after = RandomState(torch_only=before.python is None)
         if after == before:
             return None
-        self.any = True
+        self.drew = True
         self.slow_ones |= before.python is not None and torch.equal(before.cpu, after.cpu)
         return before
 
