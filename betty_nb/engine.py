@@ -435,7 +435,7 @@ class Engine:
                 upper.ready = set()
                 follow += self._actions[name]
                 called.append(name)
-        return follow + self._roll_backs(called)
+        return follow + self._roll_backs(called) if called else follow
 
     def _roll_backs(self, called):
         "The levels below those `called` that made a trial for them, upper ones first; one that will be rolled back anyway is left for then"

@@ -291,15 +291,20 @@ def formula_of(optimizer, options, parameters):
 
 def by_formula(formula, optimizer, parameters, gradients, state, options, once=False):
     "The pair (parameters, state) after one step by a formula; `once`: nobody is going to take second derivatives of it, which saves time"
-    found, begin, states = [], 0, state or [{}] * len(parameters)
+    moved, new, begin, states = [], [], 0, state or [{}] * len(parameters)
     for group, held in zip(options, optimizer.param_groups):
         of_group = slice(begin, begin + len(held["params"]))
         ps, gs, own, begin = parameters[of_group], gradients[of_group], states[of_group], of_group.stop
         if once and formula is _adam and _alike(ps, gs, own):
-            found += _adam_together(ps, gs, own, group)
-        else:
-            found += [(p, s) if g is None else formula(p, g, s, group) for p, g, s in zip(ps, gs, own)]
-    return [p for p, _ in found], [s for _, s in found]
+            ps, own = _adam_together(ps, gs, own, group)
+            moved += ps
+            new += own
+            continue
+        for p, g, s in zip(ps, gs, own):
+            p, s = (p, s) if g is None else formula(p, g, s, group)
+            moved.append(p)
+            new.append(s)
+    return moved, new
 
 # %% ../nbs/core/24_optim.ipynb #392170db
 _PLAIN = (torch.float32, torch.float64)  # in half precision, torch rounds the factors of lists and of single tensors differently
@@ -386,8 +391,7 @@ def _adam_together(ps, gs, states, options):
         states = [{"step": torch.zeros((), dtype=torch.float64), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)} for p in ps]
     step, n = states[0]["step"] + 1, len(ps)
     found = _AdamStep.apply(options, step.item(), *ps, *gs, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))
-    rest = zip(found[n : 2 * n], found[2 * n :])
-    return [(p, {"step": step, "exp_avg": m, "exp_avg_sq": square}) for p, (m, square) in zip(found[:n], rest)]
+    return found[:n], [{"step": step, "exp_avg": m, "exp_avg_sq": square} for m, square in zip(found[n : 2 * n], found[2 * n :])]
 
 # %% ../nbs/core/24_optim.ipynb #4e1e2553
 def quick_step(optimizer):

@@ -42,12 +42,13 @@ def _level(work, level, config, base):
         def training_step(self, batch):
             return work.losses[level](self.models, batch)
 
+    class StartedLevel(Level):
         def on_inner_loop_start(self):
-            if work.start is not None and level == work.levels[-1]:
-                with torch.no_grad():
-                    work.start(work.modules)
+            with torch.no_grad():
+                work.start(work.modules)
 
-    return Level(level, config, work.modules[level], work.optimizer(level), train_data_loader=work.batches[level])
+    cls = StartedLevel if work.start is not None and level == work.levels[-1] else Level
+    return cls(level, config, work.modules[level], work.optimizer(level), train_data_loader=work.batches[level])
 
 
 class Program:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from .method import Method, Solve, all_finite, derivative, flatten, option, register, select, to_the_end, unflatten
+from .method import Method, Solve, derivative, finite_together, flatten, option, register, to_the_end, unflatten
 
 # %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
 def _deviation(tensors, reference):
@@ -41,11 +41,8 @@ class _Through(Method):
             raise
         finally:
             to_the_end(replay.close)
-        found = [None if g is None else g.detach() for g in found]
-        there = [g for g in found if g is not None]
-        fine = all_finite(there)
-        trouble = self._trouble(path, fine, deviations)
-        rest = iter([None if g is None else select(fine, g, torch.zeros_like(g)) for g in found])
+        found, fine = finite_together([None if g is None else g.detach() for g in found])
+        trouble, rest = self._trouble(path, fine, deviations), iter(found)
         return {x: [next(rest) for _ in tensors] for x, tensors in level.wrt.items()}, Solve(iterations=steps, trouble=trouble)
 
     @staticmethod
@@ -64,7 +61,7 @@ class _Through(Method):
         lost = "The first steps of this unroll were not kept, since the method was a truncated one then; from the next unroll on they will be."
         return {
             "not reproduced": (torch.stack(moved).any() if moved else False, elsewhere),
-            "non-finite": (~fine, wild),
+            "non-finite": (lambda: not fine, wild),
             "incomplete": (bool(path.dropped) and not getattr(self, "truncate", 0), lost),
         }
 

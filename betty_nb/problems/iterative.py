@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..hypergradient.method import with_submodules
 from ..hypergradient.unroll import Unroll
 from ..optim import options_of, parameters_of, refusal
 from .live import Live, Row, bytes_of_step, can_live
@@ -82,7 +83,7 @@ class IterativeProblem(Problem):
 
     def all_modules(self):
         "All modules of the program with their submodules"
-        return [m for q in self.levels() if q.module is not None for m in q.module.modules()]
+        return with_submodules([q.module for q in self.levels()])
 
     def optimized(self):
         "The parameters that a step may change, frozen ones of the optimizer included"
@@ -207,7 +208,8 @@ class IterativeProblem(Problem):
         most = min(most, stretch.length - len(stretch.steps))
         if live is None or most < 2:
             return True
-        row = Row(live, self._draws.before() if self._draws.none_so_far and self._batches_are_listed() else None)
+        listed = self._batches_are_listed()
+        row = Row(live, self._draws.before() if listed and self._draws.none_so_far else None, listed)
         due = True
         with row:
             while due and (row.made or row.goes_on()) and self._step_in_row(row):
@@ -238,9 +240,8 @@ class IterativeProblem(Problem):
             if not row.made or row.random is None:
                 before.restore()
             return False
-        self._path.add_pass(Pass(self.batch, seen, counters, random, 1, self.loss_scale, given=None))
-        self._path.add_step(row.options, None, getattr(self.config.type, "truncate", 0))
-        self.optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
+        one = Pass(self.batch, seen, counters, random, 1, 1.0, None)
+        self._path.add_step(Step((one,), row.options, None), self._longest_way_back)
         return True
 
     def add_gradient(self, grads):
@@ -268,7 +269,12 @@ class IterativeProblem(Problem):
         return moved
 
     def _add_step(self, before):
-        self._path.add_step(self._options, before and self._draws.used(before), getattr(self.config.type, "truncate", 0))
+        self._path.end_update(self._options, before and self._draws.used(before), self._longest_way_back)
+
+    @property
+    def _longest_way_back(self):
+        "The number of steps through which hypergradients pass, 0 for all"
+        return getattr(self.config.type, "truncate", 0)
 
     def _descend(self):
         stretch = self._path.stretches[-1]

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Live', 'Row', 'can_live', 'bytes_of_step']
 
-# %% ../../nbs/core/27_live.ipynb #e1f962a6
+# %% ../../nbs/core/27_live.ipynb #f38141ec
 from contextlib import nullcontext
+from operator import itemgetter
 
 import torch
 
@@ -28,6 +29,7 @@ class Live:
         self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
         self._options, self._formula = None, None  # the options for which `_formula` has been looked up
         self._without_graph = torch.no_grad()
+        self.all_trained = self.places.trained == list(range(len(self.after)))
         self.begin_update()
 
     def begin_update(self):
@@ -65,7 +67,7 @@ class Live:
 
     def gradient_of(self, loss, scale):
         "The gradient of `loss` / `scale`, a list along the trained parameters"
-        own = [self.after[i] for i in self.places.trained]
+        own = self.after if self.all_trained else [self.after[i] for i in self.places.trained]
         found = derivative(loss, own, create_graph=self.second_order)
         if not self.second_order:
             found = [None if g is None else g.detach() for g in found]
@@ -128,24 +130,29 @@ class Live:
         "Whether the parameters are still those that the steps have led to: nobody has changed them by hand"
         engine, claims = self.problem.engine, self.problem.engine.claims
         if claims == self._claims and (engine.running or engine.device.type != "cpu"):  # within a run, or where looking takes long, torch's count of changes is enough
-            return self._versions == [p._version for p in self.places.own]
+            return self.untouched()
         self._claims = claims
         return all(torch.equal(p, t) for p, t in zip(self.places.own, self.after))
+
+    def untouched(self):
+        "The same by torch's count of changes"
+        return self._versions == [p._version for p in self.places.own]
 
 # %% ../../nbs/core/27_live.ipynb #86c3dc3f
 class Row(Restoring):
     """A context in which steps are made in a row, the parameters being given their values after each.
 
     `random` is the RandomState before the first, for all of them: where nothing but the steps draws random numbers, those of the others follow. None where
-    each step has to keep its own."""
+    each step has to keep its own. `alone` says that nobody's code runs between two steps, not even to draw a batch."""
 
-    def __init__(self, live, random=None):
-        self.live, self.problem, self.made, self.random = live, live.problem, 0, random
+    def __init__(self, live, random=None, alone=False):
+        self.live, self.problem, self.made, self.random, self.alone = live, live.problem, 0, random, alone
 
     def _keep(self):
         optimizer = self._optimizer = self.problem.optimizer
-        self._buffers = [dict(m._buffers) for m in self.live.places.buffered]
-        self._reading, self._values = reading(optimizer, self.live.after), None
+        self._buffers, self._before_pass = [dict(m._buffers) for m in self.live.places.buffered], []
+        self._reading, self._values, self._seen = reading(optimizer, self.live.after), None, None
+        self._options = [itemgetter(*(k for k in group if k != "params")) for group in optimizer.param_groups]
         self._kernels = self.live._kernels()
 
     def _change(self):
@@ -156,35 +163,48 @@ class Row(Restoring):
         self.live.put_back(self._optimizer, self._buffers)
         if self.made:
             self.live.copy()
+            self._optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
 
     def goes_on(self):
         "Whether the next step can be made here: nobody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula"
-        values = [[v for k, v in group.items() if k != "params"] for group in self._optimizer.param_groups]
+        values = [options(group) for options, group in zip(self._options, self._optimizer.param_groups)]
         if values != self._values:
             self._values, self.options = values, options_of(self._optimizer)
-        return self.live.agrees() and not observed(self._optimizer) and self.live.has_formula(self.options)
+            if not self.live.has_formula(self.options):
+                return False
+        untouched = self.live.untouched() if self.made else self.live.agrees()
+        return untouched and not observed(self._optimizer)
 
     def begin(self, seen):
         "Put the tensors of the graph, and of the other levels as they were `seen`, into place for a pass"
-        live = self.live
-        live.begin_update()
-        self._before_pass = [dict(m._buffers) for m in live.places.buffered]
-        live.places.put(live.after, live.inputs(seen))
-        live.places.clone_buffers()
+        live, places = self.live, self.live.places
+        if places.buffered:
+            self._before_pass = [dict(m._buffers) for m in places.buffered]
+            places.clone_buffers()
+        if seen is self._seen:
+            places.put_own(live.after)
+        else:
+            places.put(live.after, live.inputs(seen))
         rest = iter(live.after)
         for group in self._reading.param_groups:
             group["params"] = [next(rest) for _ in group["params"]]
-        self.problem.optimizer = self._reading
+        self.problem.optimizer, self._seen = self._reading, seen if self.alone else None
 
     def end(self, found):
         "Make the step with the gradient `found`; False, as if the pass had not been made, where its own code has chosen options without a formula"
-        live, self.problem.optimizer = self.live, self._optimizer
-        live.places.put_back()  # what draws the next batch may be anybody's
+        live = self.live
+        if not self.alone:
+            self.problem.optimizer = self._optimizer
+            live.places.put_back()
         if not self.goes_on():
             for module, buffers in zip(live.places.buffered, self._before_pass):
                 module._buffers.update(buffers)
             return False
-        live.add(found)
+        if live.all_trained:
+            live.gradients = found
+        else:
+            live.begin_update()
+            live.add(found)
         live.step()
         live.copy(state=False)
         self.made += 1

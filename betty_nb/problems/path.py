@@ -9,6 +9,7 @@ __all__ = ['Pass', 'Step', 'Start', 'Stretch', 'Others', 'Draws', 'Copies', 'Pat
 # %% ../../nbs/core/25_path.ipynb #e14e17a3
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -18,9 +19,8 @@ from ..hypergradient.method import RandomState, derivative, to_the_end, undistur
 from ..optim import Differentiating, by_formula, discard_closed, formula_of, reading, state_of, twin
 from .problem import Problem
 
-# %% ../../nbs/core/25_path.ipynb #97a297e3
-@dataclass(frozen=True)
-class Pass:
+# %% ../../nbs/core/25_path.ipynb #2b57b883
+class Pass(NamedTuple):
     "One evaluation of the loss"
 
     batch: object
@@ -32,8 +32,7 @@ class Pass:
     given: object  # the gradient used where it is more than that of the loss (a level with a hypergradient of its own), else None
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     "One update"
 
     passes: tuple  # of Pass
@@ -189,10 +188,14 @@ class Path:
     def add_pass(self, new):
         self.passes += (new,)
 
-    def add_step(self, options, random, most=0):
-        "An update with the gradient of the passes so far; with `most` steps needed at most (0 for all), older stretches are dropped"
-        self.stretches[-1].steps.append(Step(self.passes, options, random))
-        self.passes = ()
+    def end_update(self, options, random, most=0):
+        "An update with the gradient of the passes so far"
+        passes, self.passes = self.passes, ()
+        self.add_step(Step(passes, options, random), most)
+
+    def add_step(self, new, most=0):
+        "Remember the Step `new`; with `most` steps needed at most (0 for all), older stretches are dropped"
+        self.stretches[-1].steps.append(new)
         while most and len(self) - len(self.stretches[0].steps) >= most:
             oldest = self.stretches.pop(0)
             self.dropped += len(oldest.steps)
@@ -262,20 +265,19 @@ class Replay:
         self.problem, self.path = problem, problem._path
         self.own, self.optimizer = problem.optimized(), problem.optimizer
         self.trained = [_position(p, self.own) for p in problem.trainable_parameters()]
-        wanted = {id(p): p for p in (*self.own, *self.path.others.tensors)}
-        self._ids = [id(p) for p in (*self.path.others.tensors, *self.own)]
-        self._slots, self._flat = [], []
-        for module in problem.all_modules():
-            self._slots += [(module._parameters, name, id(p)) for name, p in module._parameters.items() if id(p) in wanted]
-            weights = getattr(module, "_flat_weights", None)  # recurrent layers keep a second list of their parameters
-            if weights is not None:
-                self._flat.append((module, weights, [id(p) for p in weights]))
-        self._wanted, self._modules = wanted, problem.all_modules()
+        self._modules = problem.all_modules()
         self.buffered = [m for m in self._modules if m._buffers]
-        hooks = ("grad_callback", "clip_grad", "custom_optimizer_step")
-        self._own_hooks = any(getattr(type(problem), name) is not getattr(Problem, name) for name in hooks)
-        self._plain, self._before = plain_update(problem), None
-        self.placed = {key for _, _, key in self._slots}  # ids of the parameters that some module holds
+        at = {id(p): i for i, p in enumerate((*self.path.others.tensors, *self.own))}
+        self._slots, self._flat = [], []  # of the parameters, with their positions among those of the other levels and then one's own
+        for module in self._modules:
+            self._slots += [(module._parameters, name, at[id(p)], p) for name, p in module._parameters.items() if id(p) in at]
+            weights = module.__dict__.get("_flat_weights")  # recurrent layers keep a second list of their parameters
+            if weights is not None:
+                self._flat.append((module, weights, [at.get(id(p)) for p in weights]))
+        first = len(self.path.others.tensors)
+        self._own_slots = [(table, name, i - first) for table, name, i, _ in self._slots if i >= first]
+        self._before = None
+        self.placed = {id(p) for _, _, _, p in self._slots}  # those of the parameters that some module holds
 
     def __enter__(self):
         self.open()
@@ -286,6 +288,9 @@ class Replay:
         if self._before is not None:
             return
         problem = self.problem
+        hooks = ("grad_callback", "clip_grad", "custom_optimizer_step")
+        self._own_hooks = any(getattr(type(problem), name) is not getattr(Problem, name) for name in hooks)
+        self._plain = plain_update(problem)
         self._before = {name: getattr(problem, name) for name in ("optimizer", "batch", "count", "steps")}
         self._context, self._mode = (torch.is_grad_enabled(), forward_ad._current_level), Differentiating()
         self._undisturbed = undisturbed([q.module for q in problem.levels()])
@@ -314,17 +319,23 @@ class Replay:
 
     def put(self, own, others):
         "Put the tensors `own` and `others` into the places of the parameters"
-        now = dict(zip(self._ids, (*others, *own)))
-        for table, name, key in self._slots:
-            table[name] = now[key]
-        for module, weights, keys in self._flat:
-            module._flat_weights = [now.get(key, w) for key, w in zip(keys, weights)]
-        self._now = now
+        now = self._now = (*others, *own)
+        for table, name, i, _ in self._slots:
+            table[name] = now[i]
+        for module, weights, positions in self._flat:
+            module._flat_weights = [w if i is None else now[i] for i, w in zip(positions, weights)]
+
+    def put_own(self, own):
+        "The same where the `others` are in their places already"
+        if self._flat:
+            return self.put(own, self._now[: -len(own)])
+        for table, name, i in self._own_slots:
+            table[name] = own[i]
 
     def put_back(self):
         "Put the parameters into their places"
-        for table, name, key in self._slots:
-            table[name] = self._wanted[key]
+        for table, name, _, parameter in self._slots:
+            table[name] = parameter
         for module, weights, _ in self._flat:
             module._flat_weights = weights
 
@@ -430,7 +441,8 @@ class Replay:
 
     def _options(self, step):
         "The options of the optimizer's groups, those that are parameters of another level, or computed from them, with their graph"
-        options = [{k: self._now.get(id(v), v) for k, v in group.items()} for group in step.options]
+        now = {id(p): t for p, t in zip((*self.path.others.tensors, *self.own), self._now)}
+        options = [{k: now.get(id(v), v) for k, v in group.items()} for group in step.options]
         for group, learned in zip(options, self.problem.learned_options()):
             group.update(learned)
         return options
@@ -438,9 +450,10 @@ class Replay:
 
 def plain_update(problem):
     "Whether an update of `problem` is a step of its optimizer and nothing else"
+    if problem.optimizer is None or problem.config.gradient_clipping != 0:
+        return False
     hooks = ("grad_callback", "clip_grad", "custom_optimizer_step", "param_callback", "optimizer_options")
-    own = any(own_hook(problem, name) for name in hooks)
-    return problem.optimizer is not None and not own and problem.config.gradient_clipping == 0
+    return not any([own_hook(problem, name) for name in hooks])
 
 
 def own_hook(problem, hook):

@@ -27,8 +27,12 @@ def to_device(batch, device):
     What is there already is not copied; where that is all of it, the answer is `batch` itself."""
     if isinstance(batch, torch.Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if isinstance(batch, (list, tuple)) and all(isinstance(part, torch.Tensor) and part.device == device for part in batch):
-        return batch  # what most loaders give, at once
+    if isinstance(batch, (list, tuple)):
+        for part in batch:
+            if not isinstance(part, torch.Tensor) or part.device != device:
+                break
+        else:
+            return batch  # what most loaders give, at once
     if hasattr(batch, "to") and not isinstance(batch, type):  # a BatchEncoding, a packed sequence
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -82,19 +86,21 @@ class Source:
 
     def next(self):
         "The pair (batch, whether a new pass through the loader began with it)"
-        fresh = self._iterator is None
-        if fresh:
-            self.begin()
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            if fresh or self._iterator is self.loader:
-                raise RuntimeError(
-                    f"The train_data_loader of {self.owner!r} gave no batch after {self.drawn} of them and cannot be started again: "
-                    "pass a DataLoader or a list of batches, or a generator that does not end."
-                ) from None
-            self._iterator, self.epoch = None, self.epoch + 1
-            return self.next()[0], True
+        fresh = False
+        while True:
+            if self._iterator is None:
+                self.begin()
+                fresh = True
+            try:
+                batch = next(self._iterator)
+                break
+            except StopIteration:
+                if fresh or self._iterator is self.loader:
+                    raise RuntimeError(
+                        f"The train_data_loader of {self.owner!r} gave no batch after {self.drawn} of them and cannot be started again: "
+                        "pass a DataLoader or a list of batches, or a generator that does not end."
+                    ) from None
+                self._iterator, self.epoch = None, self.epoch + 1
         self.drawn, self.given = self.drawn + 1, self.given + 1
         if fresh and self.began is not None and self.began[0].python is not None:
             self.slow |= not self.began[0].same_outside_torch(RandomState())
@@ -440,9 +446,10 @@ class Problem:
         self._refuse_unused(torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True))
 
     def _refuse_unused(self, grads):
-        unused = [name for (name, _), g in zip(self.named_trainable_parameters(), grads) if g is None]
-        if unused:
-            raise ValueError(f"The loss of {self.name!r} does not use its parameter {unused[0]!r}: use it, freeze it, or set Config(allow_unused=True).")
+        for i, g in enumerate(grads):
+            if g is None:
+                unused = self.named_trainable_parameters()[i][0]
+                raise ValueError(f"The loss of {self.name!r} does not use its parameter {unused!r}: use it, freeze it, or set Config(allow_unused=True).")
 
     @contextmanager
     def gradient_aside(self):
