@@ -282,11 +282,14 @@ def formula_of(optimizer, options, parameters):
     formula = _FORMULAS.get(type(optimizer))
     if formula is None or observed(optimizer):
         return None
-    numbers = all(not isinstance(v, torch.Tensor) for group in options for v in group.values())
-    known = formula is _sgd or all(group[k] in (v, False) for group in options for k, v in _UNUSUAL.items())
-    known = known and (formula is _sgd or all("decoupled_weight_decay" in group for group in options))  # torch 2.6 has none
-    plain = all(p.dtype in (torch.float32, torch.float64, torch.bfloat16) and not p.is_sparse for p in parameters)
-    return formula if numbers and known and plain else None
+    if any([isinstance(v, torch.Tensor) for group in options for v in group.values()]):
+        return None
+    if formula is not _sgd and any([group[k] not in (v, False) for group in options for k, v in _UNUSUAL.items()]):
+        return None
+    if formula is not _sgd and any(["decoupled_weight_decay" not in group for group in options]):  # torch 2.6 has none
+        return None
+    plain = all([p.dtype in (torch.float32, torch.float64, torch.bfloat16) and not p.is_sparse for p in parameters])
+    return formula if plain else None
 
 
 def by_formula(formula, optimizer, parameters, gradients, state, options, once=False):

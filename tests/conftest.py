@@ -44,7 +44,10 @@ def pytest_runtest_protocol(item):
         fcntl.flock(door, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)
-        return (yield)
+        try:
+            return (yield)
+        finally:  # closing the file is not enough: a process that the test has forked, as a DataLoader does, may still hold it open
+            fcntl.flock(room, fcntl.LOCK_UN)
 
 
 def pytest_terminal_summary(terminalreporter):

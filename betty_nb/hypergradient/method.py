@@ -230,7 +230,7 @@ def _unusual(outputs, inputs, vectors):
         return True
     if vectors is None:
         return not all([o.numel() == 1 and o.is_floating_point() for o in outputs])
-    return len(vectors) != len(outputs) or any(v is None or v.shape != o.shape or v.dtype != o.dtype for v, o in zip(vectors, outputs))
+    return len(vectors) != len(outputs) or any([v is None or v.shape != o.shape or v.dtype != o.dtype for v, o in zip(vectors, outputs)])
 
 
 _run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)  # what both of them call

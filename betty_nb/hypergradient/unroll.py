@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Unroll', 'ForwardMode']
 
-# %% ../../nbs/core/26_unroll.ipynb #3bec79ec
+# %% ../../nbs/core/26_unroll.ipynb #74160347
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.autograd import forward_ad
 
-from .method import Method, Solve, derivative, finite_together, flatten, option, register, to_the_end, unflatten
+from .method import Method, Solve, derivative, finite_together, flatten, option, register, to_the_end, twice_differentiable, unflatten
 
 # %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
 def _deviation(tensors, reference):
@@ -85,7 +86,6 @@ class Unroll(_Through):
     truncate: int = option(0, "go back through the last steps only, this many; 0 for all", low=0)
     graph_mb: int = option(512, "memory for the graph of the whole unroll, in MB: where it takes more, and with 0, the steps are repeated for the hypergradient", low=0)
     checkpoint: int = option(0, "repeat the steps, so many at a time; 0 for the square root of unroll_steps where they are repeated", low=0)
-    second_order = property(lambda self: not self.first_order)
     first_order: bool = option(False, "leave out second derivatives: the gradient of a step counts as a constant")
 
     def _pulled(self, replay, adjoint, wanted):
@@ -131,11 +131,12 @@ class Unroll(_Through):
         "The steps of a stretch from its step `first` on, made once more"
         replay.open()
         parameters, state = replay.leaves(stretch.start.parameters), replay.state_leaves(stretch.start.state)
-        if first:
-            parameters, state = replay.run(stretch, parameters, state, replay.inputs(()), last=first, graph=False)
-            parameters, state = replay.leaves(parameters), replay.state_leaves(state)
         inputs = replay.inputs(wanted)
-        after, after_state = replay.run(stretch, parameters, state, inputs, first=first, graph=not self.first_order)
+        with nullcontext() if self.first_order else twice_differentiable():
+            if first:
+                parameters, state = replay.run(stretch, parameters, state, replay.inputs(()), last=first, graph=False)
+                parameters, state = replay.leaves(parameters), replay.state_leaves(state)
+            after, after_state = replay.run(stretch, parameters, state, inputs, first=first, graph=not self.first_order)
         return _Repeated(parameters, state, inputs, after, after_state)
 
     @staticmethod
@@ -182,13 +183,14 @@ class ForwardMode(_Through):
             raise ValueError("forward_mode differentiates with respect to parameters of modules only: put the hyperparameter into a module, or use unroll.")
         found, deviations = [], []
         replay.open()
-        for t in wanted:
-            values = []
-            for i in range(t.numel()):
-                value, off = self._along_direction(replay, adjoint, wanted, t, i)
-                values.append(value)
-                deviations.append(off)
-            found.append(torch.stack(values).view_as(t) if values else None)
+        with twice_differentiable():
+            for t in wanted:
+                values = []
+                for i in range(t.numel()):
+                    value, off = self._along_direction(replay, adjoint, wanted, t, i)
+                    values.append(value)
+                    deviations.append(off)
+                found.append(torch.stack(values).view_as(t) if values else None)
         return found, deviations, len(replay.path)
 
     def _along_direction(self, replay, adjoint, wanted, moved, i):

@@ -219,8 +219,6 @@ class IterativeProblem(Problem):
                 self.count += 1
                 self.steps += 1
                 due = between()
-            if row.random:
-                self._draws.used(row.random)
         return due
 
     def _batches_are_listed(self):
@@ -233,12 +231,14 @@ class IterativeProblem(Problem):
         row.begin(seen)
         loss = super().training_loss()
         random = self._draws.used(before) if row.random is None else None if row.made else before
-        found = row.live.gradient_of(loss, 1)
+        found = row.gradient_of(loss)
         if not self.config.allow_unused:
             self._refuse_unused(found)
         if not row.end(found):
             if not row.made or row.random is None:
                 before.restore()
+            else:
+                self._draws.used(before)  # from then on, each step keeps its own
             return False
         one = Pass(self.batch, seen, counters, random, 1, 1.0, None)
         self._path.add_step(Step((one,), row.options, None), self._longest_way_back)

@@ -28,7 +28,6 @@ class Live:
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
         self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
         self._options, self._formula = None, None  # the options for which `_formula` has been looked up
-        self._without_graph = torch.no_grad()
         self.all_trained = self.places.trained == list(range(len(self.after)))
         self.begin_update()
 
@@ -65,10 +64,10 @@ class Live:
                     if old is not None and new is not None and new is not old and new.shape == old.shape:
                         module._buffers[name] = old.copy_(new)
 
-    def gradient_of(self, loss, scale):
-        "The gradient of `loss` / `scale`, a list along the trained parameters"
+    def gradient_of(self, loss, scale=1, one=None):
+        "The gradient of `loss` / `scale`, a list along the trained parameters; a tensor `one` of the same kind, to which nobody writes, saves making it"
         own = self.after if self.all_trained else [self.after[i] for i in self.places.trained]
-        found = derivative(loss, own, create_graph=self.second_order)
+        found = derivative(loss, own, None if one is None else [one], create_graph=self.second_order)
         if not self.second_order:
             found = [None if g is None else g.detach() for g in found]
         return found if scale == 1 else [None if g is None else g / scale for g in found]
@@ -86,6 +85,7 @@ class Live:
             return False
         self.step()
         self.copy()
+        self.copy_state()
         return True
 
     def has_formula(self, options):
@@ -100,22 +100,24 @@ class Live:
         self.after, self.after_state = by_formula(self._formula, optimizer, self.after, self.gradients, self.after_state, self._options, once=True)
         self.steps += 1
 
-    def copy(self, state=True):
-        "Give the parameters their values, and the optimizer its `state`"
-        own, values = self.places.own, self.after
-        if state and any(self.after_state):
-            own, values = list(own), list(values)
-            for p, new in zip(self.places.own, self.after_state):
-                known = self.problem.optimizer.state[p] if new else {}
-                for key, value in new.items():
-                    if isinstance(known.get(key), torch.Tensor):
-                        own.append(known[key])
-                        values.append(value)
-                    else:  # optimizers count in the default type
-                        known[key] = value.detach().clone() if value.dim() else value.detach().to(torch.get_default_dtype())
-        with self._without_graph:
-            torch._foreach_copy_(own, values)
+    def copy(self):
+        "Give the parameters their values"
+        _copy(self.places.own, self.after)
         self._versions = [p._version for p in self.places.own]
+
+    def copy_state(self):
+        "Give the optimizer its state"
+        old, values = [], []
+        for p, new in zip(self.places.own, self.after_state):
+            known = self.problem.optimizer.state[p] if new else {}
+            for key, value in new.items():
+                if isinstance(known.get(key), torch.Tensor):
+                    old.append(known[key])
+                    values.append(value)
+                else:  # optimizers count in the default type
+                    known[key] = value.detach().clone() if value.dim() else value.detach().to(torch.get_default_dtype())
+        if old:
+            _copy(old, values)
 
     def catch_up(self, path):
         "Make the graph of the steps that the stretch has made already, by repeating them"
@@ -138,6 +140,16 @@ class Live:
         "The same by torch's count of changes"
         return self._versions == [p._version for p in self.places.own]
 
+
+def _copy(old, values):
+    "Write `values` into the tensors `old`, which may require grad"
+    enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # as torch.no_grad does it, in a third of the time
+    try:
+        torch._foreach_copy_(old, values)
+    finally:
+        torch._C._set_grad_enabled(enabled)
+
 # %% ../../nbs/core/27_live.ipynb #86c3dc3f
 class Row(Restoring):
     """A context in which steps are made in a row, the parameters being given their values after each.
@@ -147,6 +159,7 @@ class Row(Restoring):
 
     def __init__(self, live, random=None, alone=False):
         self.live, self.problem, self.made, self.random, self.alone = live, live.problem, 0, random, alone
+        self._one = torch.ones(())
 
     def _keep(self):
         optimizer = self._optimizer = self.problem.optimizer
@@ -162,7 +175,7 @@ class Row(Restoring):
         self._kernels.__exit__(None, None, None)
         self.live.put_back(self._optimizer, self._buffers)
         if self.made:
-            self.live.copy()
+            self.live.copy_state()
             self._optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
 
     def goes_on(self):
@@ -190,6 +203,12 @@ class Row(Restoring):
             group["params"] = [next(rest) for _ in group["params"]]
         self.problem.optimizer, self._seen = self._reading, seen if self.alone else None
 
+    def gradient_of(self, loss):
+        "The gradient of `loss`, a list along the trained parameters"
+        if self._one.dtype != loss.dtype or self._one.device != loss.device:
+            self._one = torch.ones_like(loss)
+        return self.live.gradient_of(loss, one=self._one)
+
     def end(self, found):
         "Make the step with the gradient `found`; False, as if the pass had not been made, where its own code has chosen options without a formula"
         live = self.live
@@ -206,7 +225,7 @@ class Row(Restoring):
             live.begin_update()
             live.add(found)
         live.step()
-        live.copy(state=False)
+        live.copy()
         self.made += 1
         return True
 
