@@ -38,9 +38,11 @@ def method_of(name, work):
 
 
 def _level(work, level, config, base):
+    loss = work.losses[level]
+
     class Level(base):
         def training_step(self, batch):
-            return work.losses[level](self.models, batch)
+            return loss(self.models, batch)
 
     class StartedLevel(Level):
         def on_inner_loop_start(self):

@@ -477,7 +477,7 @@ def finite_together(tensors):
     "The pair (the list `tensors`, zeros if not all of it is finite; whether it is: a bool, on a GPU a bool tensor of one number). None stays None"
     there = [t for t in tensors if t is not None and t.numel()]
     if all(map(free_to_read, there)):
-        good = all(math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all()) for t in there)  # the sum takes a tenth of the time, but may overflow
+        good = all([math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all()) for t in there])  # the sum takes a tenth of the time, but may overflow
         return (tensors if good else [None if t is None else torch.zeros_like(t) for t in tensors]), good
     good = (torch.stack([bound for t in there for bound in torch.aminmax(t)]) * 0 == 0).all()  # infinity and NaN times 0 are NaN, which equals nothing
     return [None if t is None else torch.where(good, t, t.new_zeros(())) for t in tensors], good
