@@ -185,8 +185,7 @@ class Row(Restoring):
             self._values, self.options = values, options_of(self._optimizer)
             if not self.live.has_formula(self.options):
                 return False
-        untouched = self.live.untouched() if self.made else self.live.agrees()
-        return untouched and not observed(self._optimizer)
+        return self.live.untouched() and not observed(self._optimizer)
 
     def begin(self, seen):
         "Put the tensors of the graph, and of the other levels as they were `seen`, into place for a pass"

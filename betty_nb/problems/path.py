@@ -15,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from ..hypergradient.method import RandomState, derivative, to_the_end, undisturbed, with_submodules
+from ..hypergradient.method import RandomState, derivative, to_the_end, undisturbed
 from ..optim import Differentiating, by_formula, discard_closed, formula_of, reading, state_of, twin
 from .problem import Problem
 
@@ -77,9 +77,8 @@ class Others:
     "The parameters of the other levels, as this one sees them"
 
     def __init__(self, problem):
-        mine, others = {id(p) for p in problem.optimized()}, [q for q in problem.levels() if q is not problem]
-        rest = [p for m in with_submodules([q.module for q in others]) for p in m._parameters.values() if p is not None]
-        rest += [p for q in others for p in q.trainable_parameters()]
+        mine = {id(p) for p in problem.optimized()}
+        rest = [p for q in problem.levels() if q is not problem for p in (*q.parameters(), *q.trainable_parameters())]
         self.tensors = list({id(p): p for p in rest if id(p) not in mine}.values())
         self.marks, self.copies = [None] * len(self.tensors), (None,) * len(self.tensors)
 
@@ -164,7 +163,7 @@ class Path:
     "The steps of a level's present unroll"
 
     def __init__(self, problem):
-        self.problem, self.modules = problem, problem.all_modules()
+        self.problem = problem
         self.others = Others(problem)
         self.stretches, self.dropped = [], 0  # dropped: steps at the front that are no longer kept
         self.passes = ()  # those since the last update
@@ -183,7 +182,7 @@ class Path:
         if self.needs_room:
             parameters = [p.detach().clone() for p in self.problem.optimized()]
             state = state_of(self.problem.optimizer) if self.problem.optimizer is not None else []
-            buffers = [{k: None if b is None else b.clone() for k, b in m._buffers.items()} for m in self.modules]
+            buffers = [{k: None if b is None else b.clone() for k, b in m._buffers.items()} for m in self.problem.all_modules()]
             self.stretches.append(Stretch(Start(parameters, state, buffers), length, held=held))
 
     def add_pass(self, new):
@@ -266,10 +265,11 @@ class Replay:
         self.problem, self.path = problem, problem._path
         self.own, self.optimizer = problem.optimized(), problem.optimizer
         self.trained = [_position(p, self.own) for p in problem.trainable_parameters()]
-        self.buffered = [m for m in self.path.modules if m._buffers]
+        self._modules = problem.all_modules()
+        self.buffered = [m for m in self._modules if m._buffers]
         at = {id(p): i for i, p in enumerate((*self.path.others.tensors, *self.own))}
         self._slots, self._flat = [], []  # of the parameters, with their positions among those of the other levels and then one's own
-        for module in self.path.modules:
+        for module in self._modules:
             self._slots += [(module._parameters, name, at[id(p)], p) for name, p in module._parameters.items() if id(p) in at]
             weights = module.__dict__.get("_flat_weights")  # recurrent layers keep a second list of their parameters
             if weights is not None:
@@ -376,7 +376,7 @@ class Replay:
 
     def run(self, stretch, parameters, state, seen, first=0, last=None, graph=True):
         "The pair (parameters, state) after the steps first to last of `stretch`, from tensors of which autograd may ask the derivative"
-        for module, buffers in zip(self.path.modules, stretch.start.buffers):
+        for module, buffers in zip(self._modules, stretch.start.buffers):
             if first == 0:
                 module._buffers.update(buffers)
         for step in stretch.steps[first:last]:
