@@ -234,8 +234,9 @@ def _unusual(outputs, inputs, vectors):
 
 
 _run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)  # what both of them call
-_engine = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", _run_backward)  # what that calls, which does more only for
-_log = logging.getLogger("torch.autograd.graph")  # the threads of a GPU and for this log
+# What that calls in its turn; what it does besides is for the threads of a GPU and for a log.
+_engine = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", _run_backward)
+_log = logging.getLogger("torch.autograd.graph")
 
 # %% ../../nbs/core/01_method.ipynb #b08a5e6f
 def derivative(
