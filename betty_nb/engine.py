@@ -19,7 +19,7 @@ from .configs import EngineConfig
 from .distributed import ALONE, join
 from .envs import as_env
 from .graph import Graph, GraphError, GraphWarning, closest
-from .hypergradient.method import undisturbed
+from .hypergradient.method import TorchModes, to_the_end, undisturbed
 from .hypergradient.sweep import hypergradient
 from .logging import Logger, Progress, make_logger, numbers, warn_nonfinite
 from .problems.path import Draws
@@ -496,10 +496,12 @@ class Engine:
 
     def release(self):
         "Give back what `claim` reserved"
-        for watcher in self.watchers:
-            if hasattr(watcher, "rest"):  # from here on somebody may change the program by hand
-                watcher.rest()
-        self._claimed.release()
+        try:
+            for watcher in self.watchers:
+                if hasattr(watcher, "rest"):  # from here on somebody may change the program by hand
+                    watcher.rest()
+        finally:
+            self._claimed.release()
 
     @property
     def running(self):
@@ -510,7 +512,7 @@ class Engine:
         "The loop of a `run` that has been claimed; it releases the claim at its end"
         done = self.completed
         start = 0 if iterations is None and done < self.config.train_iters else done
-        bar = None
+        bar, modes = None, TorchModes()
         try:
             while not self.stop_requested:
                 goal = self.goal = start + (self.config.train_iters if iterations is None else iterations)
@@ -521,6 +523,9 @@ class Engine:
                     break
                 self.advance()
             self._check_finite()
+        except BaseException:
+            to_the_end(modes.restore)
+            raise
         finally:
             self.goal = None
             if bar is not None:

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import sys
 import threading
 import time
 
@@ -10,7 +11,8 @@ import torch
 
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import METHODS, make_method
-from betty_nb.hypergradient.method import Restoring, displaced, twice_differentiable, undisturbed
+from betty_nb.hypergradient.method import Restoring, TorchModes, displaced, twice_differentiable, undisturbed
+from betty_nb.optim import discard_closed
 from tests.programs import bits, noisy_program, same
 
 
@@ -23,6 +25,19 @@ def ready(name, dtype=torch.float32):
 
 class Failure(Exception):
     pass
+
+
+@pytest.fixture
+def modes():
+    "A function that asserts that torch is set as it was when the test began; whatever it finds, the tests after this one find torch so"
+    before = TorchModes()
+
+    def unchanged():
+        discard_closed()  # torch may put such a mode back when it forgets the interrupt; it does nothing, and goes where the next one is entered
+        assert vars(TorchModes()) == vars(before)
+
+    yield unchanged
+    before.restore()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -85,7 +100,7 @@ def test_an_interrupt_just_before_a_context_ends_leaves_no_trace(context, method
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals arrive in the main thread")
 @pytest.mark.parametrize("name", list(METHODS))
-def test_an_interrupt_at_a_random_moment_leaves_no_trace(name):
+def test_an_interrupt_at_a_random_moment_leaves_no_trace(name, modes):
     debugger = ready(name)
     before, method, rng = bits(debugger.engine), make_method(name), random.Random(0)
     probe = lambda: debugger.engine.probe("outer", methods={"inner": method})  # noqa: E731
@@ -111,7 +126,82 @@ def test_an_interrupt_at_a_random_moment_leaves_no_trace(name):
                 if not isinstance(error, KeyboardInterrupt) and "KeyboardInterrupt" not in str(error):
                     raise  # torch wraps an interrupt that meets its own Python code inside a backward pass
                 interrupted += 1
+            modes()
             assert same(bits(debugger.engine), before)
     finally:
         signal.signal(signal.SIGALRM, old)
     assert interrupted >= tries // 5, f"only {interrupted} of {tries} interrupts came in time"
+
+
+def in_contexts_of_torch(act, at=0):
+    """How often Python looks for an interrupt in `act()` inside torch's own contexts, and what they are called; the look number `at` finds one.
+
+    Python looks where a function is called, and where one of C returns."""
+    files, looks = ("grad_mode.py", "_vmap_internals.py", "forward_ad.py", "autocast_mode.py", "overrides.py", "_python_dispatch.py", "contextlib.py"), []
+
+    def profile(frame, event, arg):
+        if event in ("call", "c_return") and frame.f_code.co_filename.endswith(files):
+            looks.append(frame.f_code.co_filename)
+            if len(looks) == at:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    old = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        act()
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not isinstance(error, KeyboardInterrupt) and "KeyboardInterrupt" not in str(error):
+            raise
+        assert at, "nothing was to interrupt it"
+    finally:
+        sys.setprofile(old)
+    return looks
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_an_interrupt_inside_a_context_of_torch_leaves_no_trace(name, modes):
+    debugger = ready(name)
+    before, method = bits(debugger.engine), make_method(name)
+    probe = lambda: debugger.engine.probe("outer", methods={"inner": method})  # noqa: E731
+    probe()
+    looks = in_contexts_of_torch(probe)
+    places = random.Random(0).sample(range(1, len(looks) + 1), min(len(looks), 40))
+    for at in places:
+        assert len(in_contexts_of_torch(probe, at)) == at
+        modes()
+        assert same(bits(debugger.engine), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_interrupt_inside_a_context_of_torch_ends_a_run_or_a_step_with_torch_as_it_was(precision, modes):
+    for move in ("run", "step"):
+        engine = noisy_program("unroll")
+        for p in engine.problems:
+            p.config.precision = precision
+        go = (lambda engine=engine: engine.run(3)) if move == "run" else (lambda debugger=Debugger(engine): debugger.step(8))
+        looks = in_contexts_of_torch(go)
+        assert any(name.endswith("autocast_mode.py") for name in looks) == (precision == "bf16")
+        interrupted = 0
+        for at in random.Random(0).sample(range(1, len(looks) // 2), 25):
+            interrupted += len(in_contexts_of_torch(go, at)) == at
+            modes()
+            assert not engine.running
+        assert interrupted == 25
+
+
+def test_a_program_that_was_interrupted_when_its_step_was_over_can_go_on(monkeypatch):
+    debugger = ready("cg")
+    rest, left = debugger.timeline.rest, [1]
+
+    def interrupted():
+        if left:
+            left.pop()
+            raise KeyboardInterrupt
+        rest()
+
+    monkeypatch.setattr(debugger.timeline, "rest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        debugger.step()
+    debugger.step()
+    assert not left and not debugger.running

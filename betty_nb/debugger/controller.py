@@ -23,7 +23,7 @@ from .probe import compare, look
 from .records import ActionRecord, LevelState, Mark, MethodInfo, MethodOption, Moved, ProgramState, Swapped, TimelineRecord
 from .tensorboard import serve
 from .timeline import Timeline
-from ..hypergradient.method import METHODS, make_method
+from ..hypergradient.method import METHODS, TorchModes, make_method, to_the_end
 from ..hypergradient.sweep import Sweep
 from ..stopping import InterruptLater
 
@@ -391,6 +391,7 @@ class Debugger:
             return self._make_move(go, every_action)
 
     def _make_move(self, go, every_action):
+        modes = TorchModes()
         self._claim_engine()
         self._moved, self._recording, self.timeline.every_action = [], True, every_action
         try:
@@ -399,6 +400,7 @@ class Debugger:
                 if every_action:
                     self.timeline.take()
         except BaseException as error:
+            to_the_end(modes.restore)
             self._fail(error)
             raise
         finally:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'NON_FINITE', 'METHODS', 'flatten', 'unflatten', 'RandomState', 'to_the_end', 'Restoring',
-           'with_submodules', 'undisturbed', 'displaced', 'displaced_all', 'twice_differentiable', 'pass_back',
-           'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read', 'finite',
-           'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register', 'BettyFunction',
-           'method_class', 'make_method']
+           'with_submodules', 'TorchModes', 'undisturbed', 'displaced', 'displaced_all', 'twice_differentiable',
+           'pass_back', 'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read',
+           'finite', 'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register',
+           'BettyFunction', 'method_class', 'make_method']
 
 # %% ../../nbs/core/01_method.ipynb #546f2b33
 import dataclasses
@@ -21,7 +21,10 @@ from typing import ClassVar
 
 import torch
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.autograd import forward_ad
+from torch.overrides import _pop_mode as pop_function_mode
 from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
 
 from ..distributed import ALONE
 from ..graph import closest
@@ -128,10 +131,77 @@ ATTENTION = {  # torch's kernels: whether one is enabled, and what enables it
 }
 
 
+class TorchModes:
+    """What torch is set to in this thread: whether it records a graph, what precision it casts to, its attention kernels, and the modes and transforms that are entered.
+
+    An interrupt in the middle of one of torch's own contexts leaves that open; `restore` closes what has been opened since."""
+
+    def __init__(self):
+        self.grad, self.dual_level = torch.is_grad_enabled(), forward_ad._current_level
+        self.depths = [depth() for depth, _ in _STACKS]
+        self.casts = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+        self.kernels = [(enable, enabled()) for enabled, enable in ATTENTION.values()]
+
+    def restore(self):
+        for (depth, leave), before in zip(_STACKS, self.depths):
+            for _ in range(depth() - before):
+                leave()
+        if self.dual_level < 0 and _in_dual_level():
+            torch._C._exit_dual_level(level=0)
+        forward_ad._current_level = self.dual_level
+        for device, enabled, dtype in self.casts:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        for enable, enabled in self.kernels:
+            enable(enabled)
+        torch.set_grad_enabled(self.grad)
+
+
+def _leave_transform():
+    "Leave the innermost transform of torch.func"
+    transforms = torch._C._functorch
+    transforms.pop_dynamic_layer_stack_and_undo_to_depth(transforms.get_dynamic_layer_stack_depth() - 1)
+
+
+def _leave_autocast():
+    if torch.autocast_decrement_nesting() == 0:
+        torch.clear_autocast_cache()
+
+
+def _nesting(enter, leave):
+    "The function that says how often something has been entered, where torch says so only when it is entered once more"
+
+    def depth():
+        try:
+            return enter() - 1
+        finally:
+            leave()
+
+    return depth
+
+
+_STACKS = (  # how often it has been entered, and what leaves it
+    (torch._C._len_torch_function_stack, pop_function_mode),
+    (torch._C._len_torch_dispatch_stack, pop_dispatch_mode),
+    (torch._C._functorch.get_dynamic_layer_stack_depth, _leave_transform),
+    (_nesting(torch._C._vmapmode_increment_nesting, torch._C._vmapmode_decrement_nesting), torch._C._vmapmode_decrement_nesting),
+    (_nesting(torch.autocast_increment_nesting, torch.autocast_decrement_nesting), _leave_autocast),
+)
+
+
+def _in_dual_level():
+    "Whether forward-mode differentiation has been entered; torch has one level of it, and refuses a second one"
+    try:
+        torch._C._exit_dual_level(level=torch._C._enter_dual_level())
+    except RuntimeError:
+        return True
+    return False
+
+
 class undisturbed(Restoring):
     """A context: whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were.
 
-    Unless `torch_only`, the parameters and torch's choice of attention kernels too: an interrupt can come before a context inside has begun to put them back."""
+    Unless `torch_only`, the parameters and torch's modes too: an interrupt can come before a context inside has begun to put them back."""
 
     def __init__(self, modules, torch_only=False):
         self.modules, self.torch_only = with_submodules(modules), torch_only
@@ -139,7 +209,7 @@ class undisturbed(Restoring):
     def _keep(self):
         self._kept = [(m, dict(m._buffers)) for m in self.modules if m._buffers]
         self._modes = [m.training for m in self.modules]
-        self._kernels = [] if self.torch_only else [(enable, enabled()) for enabled, enable in ATTENTION.values()]
+        self._torch = None if self.torch_only else TorchModes()
         self._parameters = [] if self.torch_only else [(p, p.data) for m in self.modules for p in m._parameters.values() if p is not None]
         self._rng = RandomState(self.torch_only)
 
@@ -150,13 +220,13 @@ class undisturbed(Restoring):
                     m._buffers[name] = buffer.clone()
 
     def _restore(self):
+        if self._torch is not None:
+            self._torch.restore()
         for m, buffers in self._kept:
             m._buffers.update(buffers)
         for p, old in self._parameters:
             if p.data_ptr() != old.data_ptr():
                 p.data = old
-        for enable, enabled in self._kernels:
-            enable(enabled)
         for m, training in zip(self.modules, self._modes):
             if m.training is not training:
                 m.training = training

@@ -6,8 +6,7 @@
 __all__ = ['Pass', 'Step', 'Start', 'Stretch', 'Others', 'Draws', 'Copies', 'Path', 'Kept', 'Inputs', 'Replay', 'plain_update',
            'own_hook']
 
-# %% ../../nbs/core/25_path.ipynb #e14e17a3
-from contextlib import suppress
+# %% ../../nbs/core/25_path.ipynb #7181260a
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -292,7 +291,7 @@ class Replay:
         self._own_hooks = any(getattr(type(problem), name) is not getattr(Problem, name) for name in hooks)
         self._plain = plain_update(problem)
         self._before = {name: getattr(problem, name) for name in ("optimizer", "batch", "count", "steps")}
-        self._context, self._mode = (torch.is_grad_enabled(), forward_ad._current_level), Differentiating()
+        self._mode = Differentiating()
         self._undisturbed = undisturbed([q.module for q in problem.levels()])
         self._undisturbed.__enter__()
 
@@ -303,18 +302,12 @@ class Replay:
         "Put everything back as it was; does no harm twice"
         if self._before is None:
             return
-        # An interrupt may fall between the lines of torch's own context managers, and then they don't close.
-        enabled, level = self._context
         self._mode.open = False
         discard_closed()
-        forward_ad._current_level = level
-        with suppress(RuntimeError):  # no level left open
-            torch._C._exit_dual_level(level=level + 1)
-        torch.set_grad_enabled(enabled)
+        self._undisturbed.__exit__()
         self.put_back()
         for name, value in self._before.items():
             setattr(self.problem, name, value)
-        self._undisturbed.__exit__()
         self._before = None
 
     def put(self, own, others):
