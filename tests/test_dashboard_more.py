@@ -345,12 +345,19 @@ def test_a_closed_dashboard_leaves_no_more_than_plain_widgets(open_notebook):
     client = tab.page.context.new_cdp_session(tab.page)
     client.send("Performance.enable")
 
-    def left():
+    def look():
         time.sleep(0.7)
         for _ in range(3):
             client.send("HeapProfiler.collectGarbage")
         found = {m["name"]: m["value"] for m in client.send("Performance.getMetrics")["metrics"]}
         return found["Nodes"], found["JSEventListeners"], found["JSHeapUsedSize"] / 1024
+
+    def left():
+        "What is kept when the browser has come to rest: a busy one removes some of it a second later"
+        found = [look(), look(), look()]
+        while len(found) < 20 and not found[-3][:2] == found[-2][:2] == found[-1][:2]:
+            found.append(look())
+        return found[-1]
 
     cost = {}
     for cell, name in ((1, "plain"), (2, "dashboard")):
