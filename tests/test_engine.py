@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -158,6 +160,32 @@ def test_the_workers_of_a_loader_outlive_an_interrupt():
     assert steps
     engine.run(20)
     assert engine.inner.steps == steps + 20
+
+
+@pytest.mark.parametrize("how", ["begun anew", "persistent", "held by their loaders"])
+def test_the_workers_of_loaders_end_at_once_with_their_program(how):
+    "The collector finds them in a circle of references; torch alone takes five seconds for each loader then (15.1 measured for three)"
+
+    def run():
+        levels = [level(name) for name in ("one", "two", "three")]
+        of_program = dict(collate_fn=lambda examples: torch.stack(examples) * len(levels), multiprocessing_context="fork")
+        options = {"begun anew": {}, "persistent": dict(persistent_workers=True), "held by their loaders": of_program}[how]
+        for p in levels:
+            p.train_data_loader = DataLoader([torch.tensor(1.0)] * 5, num_workers=1, **options)
+        engine = Engine(levels, EngineConfig(strategy="cpu"))
+        engine.run(7)  # one loader has begun its second pass
+        return weakref.ref(engine), [w for p in levels for w in p.sources()[0]._iterator._workers]
+
+    gc.disable()
+    try:
+        engine, workers = run()
+        start = time.perf_counter()
+        gc.collect()
+        seconds = time.perf_counter() - start
+    finally:
+        gc.enable()
+    assert len(workers) == 3 and engine() is None and not any(w.is_alive() for w in workers)
+    assert seconds < 4, seconds
 
 
 @main_thread
