@@ -261,9 +261,6 @@ def test_data_goes_on_where_it_stood(name, tmp_path):
         again = one_level(LOADERS[name])
         again.load(path)
         assert before + losses(again, 2 * draws - stop)[0] == expected, f"saved after {stop} actions"
-        for used in (engine, again):
-            used.inner.reset()  # ends the processes of its loaders, for which torch waits 5 s each when they are found by Python's collector
-    reference.inner.reset()
 
 
 def test_data_that_can_not_go_back_is_refused(tmp_path):

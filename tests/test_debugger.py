@@ -6,6 +6,7 @@ import threading
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -207,6 +208,84 @@ def test_changes_from_outside_and_swaps_are_part_of_the_past():
         assert same(bits(debugger.engine), known[index]), "across a swap and a hand on the parameters"
     kinds = [m.kind for m in debugger.timeline_record().marks]
     assert kinds.count("changed") == 1 and kinds.count("swap") == 1 and "update" in kinds
+
+
+def outside(how):
+    "What a notebook does with the random generators between two steps"
+    if how == "torch":
+        torch.randn(5)
+    elif how == "a seed":
+        torch.manual_seed(77)
+    elif how == "Python and NumPy":
+        random.random(), np.random.rand()
+
+
+@pytest.mark.parametrize("how", ["torch", "a seed", "Python and NumPy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_numbers_drawn_outside_are_part_of_the_past(kind, how):
+    "Even before the first step; on the way back from far snapshots each of them is met again"
+    debugger = debugged(program(kind))
+    known = {}
+    for _ in range(5):
+        outside(how)
+        known[debugger.state.index] = bits(debugger.engine)
+        debugger.run(3).wait()
+    end, last = debugger.state.index, bits(debugger.engine)
+    assert len(debugger.timeline.snapshots) < 4 and not [m for m in debugger.timeline.marks if m[1] == "changed"]
+    for index in (*reversed(known), *known):
+        debugger.goto(index)
+        assert same(bits(debugger.engine), known[index]), f"moment {index}"
+    debugger.goto(0)
+    debugger.replay()
+    assert debugger.state.index == end and same(bits(debugger.engine), last)
+    debugger.goto(0)
+    debugger.run(15).wait()  # the same as a run
+    assert debugger.state.index == debugger.state.end == end and same(bits(debugger.engine), last)
+
+
+def test_random_numbers_drawn_while_a_future_is_known_leave_it_as_it_is_and_a_seed_makes_another():
+    debugger = debugged(program())
+    debugger.run(6).wait()
+    end, last = debugger.state.index, bits(debugger.engine)
+    debugger.back(8)
+    here = debugger.state.index
+    outside("torch"), outside("Python and NumPy")
+    debugger.step(2)
+    assert debugger.state.end == end
+    outside("torch")
+    debugger.replay()
+    assert same(bits(debugger.engine), last)
+    debugger.goto(here)
+    outside("a seed")
+    debugger.run(6 - debugger.engine.completed).wait()
+    assert not same(bits(debugger.engine), last)
+    other, end = bits(debugger.engine), debugger.state.index
+    debugger.goto(0)
+    debugger.replay()
+    assert debugger.state.index == end and same(bits(debugger.engine), other)
+
+
+def test_random_states_count_as_memory_and_go_with_their_moments():
+    debugger = debugged(program())
+    debugger.timeline.budget_mb = 0.3
+    for _ in range(400):
+        outside("torch")
+        debugger.step()
+    timeline = debugger.timeline
+    assert timeline.nbytes <= 0.3 * 2**20 and 0 < len(timeline._random) < 300 and min(timeline._random) >= timeline.oldest
+    known = bits(debugger.engine)
+    debugger.goto(timeline.oldest)
+    debugger.replay()
+    assert same(bits(debugger.engine), known)
+
+
+def test_a_parameter_changed_by_hand_before_the_first_step_is_not_lost():
+    debugger = debugged(program())
+    with torch.no_grad():
+        debugger.engine.inner.module[0].weight.fill_(0.25)
+    known = trail(debugger, 3)
+    debugger.goto(0)
+    assert same(bits(debugger.engine), known[0]) and (debugger.engine.inner.module[0].weight == 0.25).all()
 
 
 def test_looking_is_not_a_change_from_outside():

@@ -1,5 +1,6 @@
 """Looking never disturbs: whatever the method, and wherever it is interrupted or fails, the program is bit for bit as it was."""
 
+import functools
 import random
 import signal
 import sys
@@ -179,7 +180,8 @@ def test_an_interrupt_inside_a_context_of_torch_ends_a_run_or_a_step_with_torch_
         engine = noisy_program("unroll")
         for p in engine.problems:
             p.config.precision = precision
-        go = (lambda engine=engine: engine.run(3)) if move == "run" else (lambda debugger=Debugger(engine): debugger.step(8))
+        debugger = Debugger(engine) if move == "step" else None
+        go = functools.partial(debugger.step, 8) if debugger else functools.partial(engine.run, 3)
         looks = in_contexts_of_torch(go)
         assert any(name.endswith("autocast_mode.py") for name in looks) == (precision == "bf16")
         interrupted = 0

@@ -175,9 +175,23 @@ class Tape:
         if known is not batch or after is not None:
             pieces = held((batch, after))
             self._known = batch, pieces
-        self.own.add(pieces)
-        self.shared.add(pieces)
-        self.entries.append((batch, after, epochs, pieces))
+        self.entries.append(self._held(batch, after, epochs, pieces))
+
+    def _held(self, *entry):
+        self.own.add(entry[-1])
+        self.shared.add(entry[-1])
+        return entry
+
+    def _release(self, entry):
+        self.own.remove(entry[-1])
+        self.shared.remove(entry[-1])
+
+    def leave_random(self):
+        "Let the batches that come next from the tape leave the generators as they are"
+        for i in range(max(0, self.problem.drawn - self.first), len(self.entries)):
+            batch, _, epochs, _ = entry = self.entries[i]
+            self._release(entry)
+            self.entries[i] = self._held(batch, None, epochs, held(batch))
 
     def _counted_callback(self):
         self._epochs += 1
@@ -191,9 +205,7 @@ class Tape:
     def forget_before(self, drawn):
         "Drop the batches that come before number `drawn`"
         while self.first < drawn and self.entries:
-            *_, pieces = self.entries.popleft()
-            self.own.remove(pieces)
-            self.shared.remove(pieces)
+            self._release(self.entries.popleft())
             self.first += 1
 
     def remove(self):
@@ -223,6 +235,7 @@ class Timeline:
         self.holdings = Holdings()
         self.tapes = [Tape(p, self.holdings) for p in engine.problems]
         self.snapshots, self.index = [], 0  # index: actions performed so far
+        self._random = {}  # {index: (RandomState, what `held` says of it)}: where somebody else has drawn random numbers, or seeded the generators
         self.start_anew()
         engine.watchers.insert(0, self)
 
@@ -234,6 +247,7 @@ class Timeline:
         self.too_large, self.following = 0, False  # following: the action in progress was made before, and is only repeated
         self._start, self._graph = self.index, self.engine.graph
         self._dirty, self._resting, self._beside = False, None, 0
+        self._forget_random(*list(self._random))
         self._cost, self._last = 0.0, 0.0
         self._options, self._changes = None, []
         for tape in self.tapes:
@@ -242,6 +256,7 @@ class Timeline:
             forget(self.index)
         self._note_options()
         self.take()
+        self.rest()
 
     def loaded(self):
         "A checkpoint was loaded"
@@ -256,11 +271,16 @@ class Timeline:
             return
         if self._graph is not self.engine.graph:
             self.start_anew()
-        if self._dirty or self.touched():
+        if self._dirty:
+            self._resting = None
             self._settle_outside_change()
+        else:
+            self.settle()
         if self.index < self.end and not self._follows(action):
             self.cut()
         self.following = self.index < self.end
+        if self.following:
+            self._put_random()
         if self._options != self._chosen():
             self._note_options()
         if self.every_action or self._due():
@@ -323,18 +343,60 @@ class Timeline:
     # Changes from outside
 
     def rest(self):
-        "A movement is over: from now on somebody may change the program by hand"
-        self._resting = self._state_marks()
-
-    def touched(self):
-        "Whether parameters, buffers or the options of an optimizer were changed by hand since `rest`"
-        resting, self._resting = self._resting, None
-        return resting is not None and resting != self._state_marks()
+        "A movement is over: from now on somebody may change the program by hand, draw random numbers or seed the generators"
+        before = None
+        if self.engine._lock.acquire(blocking=False):  # else another thread is looking at something, which may draw and put back
+            try:
+                before = RandomState()
+            finally:
+                self.engine._lock.release()
+        self._resting = self._state_marks(), before, torch.initial_seed()
 
     def settle(self):
-        "If somebody did, remember the present as a moment of its own"
-        if self.touched():
+        """If parameters, buffers or the options of an optimizer were changed by hand since `rest`, remember the present as a moment of its own.
+
+        Random numbers that were drawn are remembered, too; but where a future is known it goes on without them, unless torch's generator was seeded."""
+        resting, self._resting = self._resting, None
+        if resting is None:
+            return
+        marks, before, seed = resting
+        if before is not None and self.index < self.end and torch.initial_seed() != seed:
+            self.cut()
+            for tape in self.tapes:
+                tape.leave_random()
+        if marks != self._state_marks():
             self._settle_outside_change()
+        elif before is not None and (now := RandomState()) != before:
+            if self.index < self.end:
+                before.restore()
+            else:
+                self._remember_random(now)
+
+    def _remember_random(self, now):
+        "Somebody else drew random numbers at this moment"
+        self._forget_random(self.index)
+        self._share(now, self.snapshots[-1].rng if self.snapshots else None)
+        pieces = held(now)
+        self.holdings.add(pieces)
+        self._random[self.index] = now, pieces
+
+    def _put_random(self):
+        "Put the generators to where somebody else has put them at this moment"
+        if self.index in self._random:
+            self._random[self.index][0].restore()
+
+    def _forget_random(self, *indices):
+        for index in indices:
+            if index in self._random:
+                self.holdings.remove(self._random.pop(index)[1])
+
+    @staticmethod
+    def _share(new, old):
+        "Let the RandomState `new` have its parts in common with `old`: Python's and NumPy's generators seldom move, and their states are large"
+        if old is not None:
+            new.python = old.python if old.python == new.python else new.python
+            same = old.numpy is not None and new.numpy is not None and old.numpy[2:] == new.numpy[2:] and (old.numpy[1] == new.numpy[1]).all()
+            new.numpy = old.numpy if same else new.numpy
 
     def _state_marks(self):
         marks = []
@@ -348,6 +410,7 @@ class Timeline:
     def _settle_outside_change(self):
         self._dirty = self.following = False
         self.cut()
+        self._forget_random(self.index)
         for forget in self.on_cut:  # what an action that failed half-way has left behind
             forget(self.index)
         self.mark("changed", None, "changed from outside the program")
@@ -368,6 +431,7 @@ class Timeline:
         while self.end > self.index:
             self.log.pop()
         self._remove([s for s in self.snapshots if s.index > self.index])
+        self._forget_random(*[i for i in self._random if i > self.index])
         self.marks = [m for m in self.marks if m[0] <= self.index]
         self._changes = [c for i, c in enumerate(self._changes) if i == 0 or c[0] < self.index]
         self._options = None
@@ -393,11 +457,7 @@ class Timeline:
         start = time.perf_counter()
         new = Snapshot(self.engine, self.index)
         new.pinned = pinned
-        if self.snapshots:  # Python's and NumPy's generators seldom move, and their states are large
-            old = self.snapshots[place - 1].rng
-            new.rng.python = old.python if old.python == new.rng.python else new.rng.python
-            same = old.numpy is not None and new.rng.numpy is not None and old.numpy[2:] == new.rng.numpy[2:] and (old.numpy[1] == new.rng.numpy[1]).all()
-            new.rng.numpy = old.numpy if same else new.rng.numpy
+        self._share(new.rng, self.snapshots[place - 1].rng if self.snapshots else None)
         new.pieces = held(vars(new))
         self.holdings.add(new.pieces)
         self.snapshots.insert(place, new)
@@ -478,6 +538,7 @@ class Timeline:
         for tape in self.tapes:
             tape.forget_before(kept[tape.problem.name].counters["drawn"] if kept else tape.problem.drawn)
         self.marks = [m for m in self.marks if m[0] >= self.oldest]
+        self._forget_random(*[i for i in self._random if i < self.oldest])
         while len(self._changes) > 1 and self._changes[1][0] <= self.oldest:
             del self._changes[0]
 
@@ -509,10 +570,12 @@ class Timeline:
             if self._dirty or not base.index <= self.index <= index:
                 base.restore(self.engine)
                 self.index, self._dirty = base.index, False
+                self._put_random()
             while self.index < index and not self.stop:
                 self._use({name: copy.copy(config) for name, config in self._recorded(self.index).items()})
                 self._again(self.log[self.index - self._start])
                 self.index += 1
+                self._put_random()
 
     @contextmanager
     def apart(self):
