@@ -369,7 +369,12 @@ class Engine:
         loss = p.training_loss()
         self._refuse_nonfinite(p)
         if receives:
-            result = hypergradient(self.graph, self._levels, p.name, loss=loss)
+            early = self._lend_batches(p)
+            try:
+                result = hypergradient(self.graph, self._levels, p.name, loss=loss)
+            finally:
+                for q in early:
+                    q.batch = None
             p.add_gradient(result.total)
             if self._logs(p, p.count + 1):
                 self._shown[p.name] = result.total  # another one than the gradient, which is going to be clipped
@@ -377,6 +382,20 @@ class Engine:
                 self._levels[j].settle(p.name, passage)
         else:
             p.gradient(loss)
+
+    def _lend_batches(self, p):
+        "Let the levels below `p` that have drawn no batch yet, which are returned, look at their first one"
+        early = [q for q in self.problems if q.batch is None and q._takes_batch and q.train_data_loader is not None]
+        early = [q for q in early if q.name in self.graph.below(p.name)]
+        batches = [q.peek() for q in early]
+        for q, batch in zip(early, batches):
+            if batch is None:
+                raise RuntimeError(
+                    f"The hypergradient of {p.name!r} passes through {q.name!r}, which has drawn no batch yet, and its train_data_loader can't be looked at "
+                    f"without drawing from it: make a step of {q.name!r} first."
+                )
+            q.batch = batch
+        return early
 
     # In a run, several steps of a level are made at once where nothing has to be done between them.
 

@@ -288,6 +288,27 @@ def test_a_parameter_changed_by_hand_before_the_first_step_is_not_lost():
     assert same(bits(debugger.engine), known[0]) and (debugger.engine.inner.module[0].weight == 0.25).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_upper_level_can_be_stepped_before_anything_else(kind):
+    "Its hypergradient passes through a level that has drawn no batch, which looks at its first one and draws it later"
+    debugger = Debugger(program(kind))
+    debugger.step_level("outer")
+    assert debugger.engine.inner.batch is None and debugger.engine.inner.drawn == 0 and debugger.engine.outer.steps == 1
+    first = debugger.engine.inner.peek()
+    debugger.step()
+    assert debugger.engine.inner.drawn == 1 and all(map(torch.equal, debugger.engine.inner.batch, first))
+
+
+def test_an_upper_level_is_not_stepped_through_a_level_whose_data_cannot_be_looked_at():
+    debugger = Debugger(program())
+    debugger.engine.inner.train_data_loader = iter(debugger.engine.inner.train_data_loader)
+    debugger.engine.inner.reset()
+    with pytest.raises(RuntimeError, match="passes through 'inner', which has drawn no batch yet.*make a step of 'inner' first"):
+        debugger.step_level("outer")
+    debugger.step_level("inner")
+    debugger.step_level("outer")
+
+
 def test_looking_is_not_a_change_from_outside():
     debugger = Debugger(program())
     for _ in range(6):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import METHODS, make_method
@@ -52,6 +53,22 @@ def test_a_probe_leaves_no_trace(name, dtype):
     except (RuntimeError, NotImplementedError) as error:  # an operation that torch does not have for this precision
         print(f"{name} {dtype}: {error}")
     assert same(bits(debugger.engine), before)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["torch's generator", "its own generator"])
+def test_looking_before_the_first_batch_leaves_the_order_of_the_data(own):
+    def drawn(look):
+        torch.manual_seed(0)
+        engine = noisy_program("cg")
+        generator = torch.Generator().manual_seed(3) if own else None
+        engine.inner.train_data_loader = DataLoader(engine.inner.train_data_loader.dataset, batch_size=20, shuffle=True, generator=generator)
+        debugger = Debugger(engine)
+        if look:
+            debugger.hypergradient("outer"), debugger.constraining_sets("inner"), debugger.diagnose(seconds=0.5)
+        debugger.step(4)
+        return bits(engine)
+
+    assert same(drawn(look=True), drawn(look=False))
 
 
 @pytest.mark.parametrize("name", list(METHODS))

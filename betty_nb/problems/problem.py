@@ -111,9 +111,16 @@ class Source:
 
     def peek(self):
         "The first batch of a loader from which nothing was drawn, without drawing it; None if that is impossible"
-        if self.drawn or iter(self.loader) is self.loader:
+        if self.drawn:
             return None
-        return next(iter(self.loader), None)
+        state, own = RandomState(), states_of(self.loader)
+        try:
+            iterator = iter(self.loader)
+            return None if iterator is self.loader else next(iterator, None)
+        finally:
+            for generator, before in zip(generators_of(self.loader), own):
+                generator.set_state(before)
+            state.restore()
 
 
 def end_in_time(iterator):
@@ -353,6 +360,8 @@ class Problem:
         if self.batch is not None or self.train_data_loader is None:
             return self.batch
         parts = [Source(loader, self.name).peek() for loader in loaders_of(self.train_data_loader)]
+        if any(part is None for part in parts):
+            return None
         parts = [to_device(part, self.device) for part in parts]
         return parts[0] if len(parts) == 1 else tuple(parts)
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['HypergradientPanel']
 
-# %% ../../nbs/widgets/07_inspector.ipynb #1a537512
+# %% ../../nbs/widgets/07_inspector.ipynb #f2ad2100
 import time
+from collections import deque
 
 import ipywidgets as W
 
@@ -18,10 +19,11 @@ class HypergradientPanel(W.VBox):
     "Size, origin and error of the hypergradient of the selected level."
 
     title = "Hypergradient"
-    quick = 0.4  # seconds: a hypergradient that took less, its reference included, is taken again after each step
+    quick = 0.4  # seconds: where one of the last hypergradients took less, its reference included, the next is taken after each step
 
     def __init__(self, dashboard):
-        self.dashboard, self.record, self.asked, self.took = dashboard, None, None, 0.0
+        self.dashboard, self.record, self.asked = dashboard, None, None
+        self.times = deque(maxlen=5)  # several, since a machine may be busy with something else for once
         self.look = button("look now", "search", "Take the hypergradient on the present state and batch; nothing is changed by it", self.take, "bn-look")
         self.against = W.Checkbox(
             value=True,
@@ -49,24 +51,30 @@ class HypergradientPanel(W.VBox):
 
     def fetch(self):
         "Take it and draw it (on the worker's thread)."
-        state = self.dashboard.debugger.state
+        d = self.dashboard.debugger
+        state, moment = d.state, d.moment
         level = self.level(state)
         if level is None:
             put(self.said, value="<p>No level has a lower level, so there is no hypergradient to look at.</p>")
             return
-        d = self.dashboard.debugger
         start = time.perf_counter()
         record = d.hypergradient(level, reference=self.against.value)
-        self.took = time.perf_counter() - start
-        self.record, self.asked = record, (state.index, level)
+        self.times.append(time.perf_counter() - start)
+        self.again = f"look again (this is action {state.index:,})"
+        put(self.look, description="look now")
+        self.record, self.asked = record, (moment, level)
         put(self.said, value=str(judged(record)))
         put(self.figure, value=str(hypergradient_html(record, [l.name for l in state.levels])))
         self.dashboard.graph.follow(record)
 
     def paint(self, state):
-        want = state.index, self.level(state)
-        if state.running or self.dashboard.busy or want == self.asked:
+        if state.running or self.dashboard.busy:
             return
-        if self.record is None or self.record.level != want[1] or self.took < self.quick:
-            self.asked = want
-            self.dashboard.do("taking the hypergradient", self.fetch, unasked=True)
+        want = self.dashboard.debugger.moment, self.level(state)  # not the number of actions, which may be another moment after going back
+        if want == self.asked:
+            return
+        if self.record is None or self.record.level != want[1] or min(self.times) < self.quick:
+            if self.dashboard.do("taking the hypergradient", self.fetch, unasked=True):
+                self.asked = want
+        else:
+            put(self.look, description=self.again)

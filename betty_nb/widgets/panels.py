@@ -111,7 +111,7 @@ class CurvesPanel(W.VBox):
         self.dashboard.ask()
 
     def paint(self, state):
-        want = state.index, self.fork, self.fork and self.dashboard.selected
+        want = self.dashboard.debugger.moment, self.fork, self.fork and self.dashboard.selected
         if self.seen != want:
             self.seen = want
             few = {l.name for l in state.levels if len(state.levels) < 4 or l.name == self.dashboard.selected}  # of many levels the selected one
