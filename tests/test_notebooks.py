@@ -78,8 +78,14 @@ def run_kernel(notebook, folder, skipped):
     client = nbclient.NotebookClient(
         nb, timeout=TIMEOUT, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(folder)}}
     )
+    environment = child_env(IPYTHONDIR=str(folder / ".ipython"))
     try:
-        client.execute(env=child_env(IPYTHONDIR=str(folder / ".ipython")))
+        try:
+            client.execute(env=environment)
+        except RuntimeError as e:  # of two kernels that are started at one moment both may choose the same port, and one is never heard of
+            if "Kernel didn't respond" not in str(e):
+                raise
+            client.execute(env=environment)
     except nbclient.exceptions.CellExecutionError as e:
         return str(e)
     except nbclient.exceptions.CellTimeoutError:
