@@ -230,6 +230,7 @@ def test_random_numbers_drawn_outside_are_part_of_the_past(kind, how):
         outside(how)
         known[debugger.state.index] = bits(debugger.engine)
         debugger.run(3).wait()
+    outside(how)
     end, last = debugger.state.index, bits(debugger.engine)
     assert len(debugger.timeline.snapshots) < 4 and not [m for m in debugger.timeline.marks if m[1] == "changed"]
     for index in (*reversed(known), *known):
@@ -240,6 +241,9 @@ def test_random_numbers_drawn_outside_are_part_of_the_past(kind, how):
     assert debugger.state.index == end and same(bits(debugger.engine), last)
     debugger.goto(0)
     debugger.run(15).wait()  # the same as a run
+    assert debugger.state.index == debugger.state.end == end and same(bits(debugger.engine), last)
+    debugger.back(2)
+    debugger.step(2)
     assert debugger.state.index == debugger.state.end == end and same(bits(debugger.engine), last)
 
 

@@ -279,8 +279,6 @@ class Timeline:
         if self.index < self.end and not self._follows(action):
             self.cut()
         self.following = self.index < self.end
-        if self.following:
-            self._put_random()
         if self._options != self._chosen():
             self._note_options()
         if self.every_action or self._due():
@@ -292,7 +290,9 @@ class Timeline:
             return
         self._dirty = False
         self.index += 1
-        if not self.following:
+        if self.following:
+            self._put_random()
+        else:
             self.log.append(action)
             if action.kind == "descend" and (action.manual or self.engine.graph.lower(action.level)):
                 self.mark("by hand" if action.manual else "update", action.level)
