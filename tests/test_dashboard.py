@@ -344,6 +344,28 @@ def test_the_hypergradient_shown_is_that_of_the_moment_or_says_of_which():
     dashboard.close()
 
 
+def test_what_is_being_written_into_an_option_stays_until_another_method_is_shown():
+    space = {}
+    exec(PROGRAM.replace("dashboard = debug(debugger)\ndashboard\n", "from betty_nb.widgets.dashboard import Dashboard\ndashboard = Dashboard(debugger)\n"), space)
+    debugger, dashboard = space["debugger"], space["dashboard"]
+    panel = dashboard.methods
+    dashboard.tabs.selected_index = dashboard.panels.index(panel)
+
+    def painted():
+        dashboard.refresh()
+        dashboard.idle(60)
+        return panel.options.children[0]
+
+    painted().value = 7
+    panel.seen = None  # as after compiled code was switched on or off
+    assert painted().value == 7
+    debugger.swap("inner", "cg", iterations=5)
+    assert painted().value == 5
+    debugger.swap("inner", "darts")
+    assert painted().value == "0.01"
+    dashboard.close()
+
+
 @pytest.mark.alone
 def test_clicks_are_answered_at_once(open_notebook):
     tab = opened(open_notebook)

@@ -60,6 +60,7 @@ class MethodsPanel(W.VBox):
 
     def __init__(self, dashboard):
         self.dashboard, self.comparison, self.seen, self.reads, self.infos = dashboard, None, None, {}, ()
+        self.shown = None  # the level, the method and the options that the controls were made for
         names = [l.name for l in dashboard.debugger.state.levels if l.receives]
         self.through = Menu(
             entries=[dict(name=n, label=n, reason="") for n in names],
@@ -139,6 +140,7 @@ class MethodsPanel(W.VBox):
 
     def swap_row(self, number):
         "Swap in a row of the comparison, on every level it was compared through."
+        self.shown = None  # the controls are to say what is in use now
         self.say(self.dashboard.debugger.use(self.comparison.rows[number]).summary())
 
     def say(self, text):
@@ -219,11 +221,13 @@ class MethodsPanel(W.VBox):
         info = next((m for m in self.infos if m.name == self.menu.value), None)
         if info is None:
             return
-        old = self.options.children
-        made = {o.name: control(o) for o in sorted(info.options, key=lambda o: o.type == "bool")}  # switches last
-        self.reads = {n: f for n, (_, f) in made.items()}
-        self.options.children = tuple(w for w, _ in made.values())
-        close_all(old)
+        shown = self.through.value, info.name, info.options
+        if shown != self.shown:  # else what somebody is writing into them would be lost
+            old, self.shown = self.options.children, shown
+            made = {o.name: control(o) for o in sorted(info.options, key=lambda o: o.type == "bool")}  # switches last
+            self.reads = {n: f for n, (_, f) in made.items()}
+            self.options.children = tuple(w for w, _ in made.values())
+            close_all(old)
         barred = [f"{m.name}: {m.reason}" for m in self.infos if not m.valid]
         not_here = (
             f' <span title="{escape("; ".join(barred))}">Not here: {escape(", ".join(m.name for m in self.infos if not m.valid))}.</span>'
