@@ -386,14 +386,15 @@ class Engine:
     def _lend_batches(self, p):
         "Let the levels below `p` that have drawn no batch yet, which are returned, look at their first one"
         early = [q for q in self.problems if q.batch is None and q._takes_batch and q.train_data_loader is not None]
-        early = [q for q in early if q.name in self.graph.below(p.name)]
+        early = [q for q in early if q.name in self.graph.below(p.name) and q.name in self.graph.solved]
         batches = [q.peek() for q in early]
+        if any(batch is None for batch in batches):
+            q = next(q for q, batch in zip(early, batches) if batch is None)
+            raise RuntimeError(
+                f"The hypergradient of {p.name!r} passes through {q.name!r}, which has drawn no batch yet, and its train_data_loader can't be looked at "
+                f"without drawing from it: make a step of {q.name!r} first."
+            )
         for q, batch in zip(early, batches):
-            if batch is None:
-                raise RuntimeError(
-                    f"The hypergradient of {p.name!r} passes through {q.name!r}, which has drawn no batch yet, and its train_data_loader can't be looked at "
-                    f"without drawing from it: make a step of {q.name!r} first."
-                )
             q.batch = batch
         return early
 
