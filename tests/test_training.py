@@ -962,7 +962,7 @@ SHAPES = {
     "encoding": (lambda x, y: Encoding(x=x, y=y), lambda b: (b.x, b.y)),
     "namedtuple": (lambda x, y: Pair(x, y), lambda b: (b.x, b.y)),
     "dataclass": (lambda x, y: Sample(x, y), lambda b: (b.x, b.y)),
-    "tensor": (lambda x, y: torch.cat([x, y], 1), lambda b: (b[:, :-1], b[:, -1:])),
+    "tensor": (lambda x, y: torch.cat([x, y], 1), lambda b: (b[:, :-1].contiguous(), b[:, -1:])),  # another layout in memory would be added up in another order
     "nested": (lambda x, y: {"in": [Pair(x, None), "text", 3], "out": {"y": (y,)}}, lambda b: (b["in"][0].x, b["out"]["y"][0])),
 }
 
