@@ -38,6 +38,10 @@ class History:
         self._pending, self._blocks = [], []  # pairs (index, loss) and (indices, losses) that nobody has asked for yet
 
     def append(self, index, loss):
+        if loss.is_cpu and not self._pending and not self._blocks:
+            self._values.append(loss.item())
+            self._indices.append(index)  # last, since a reader asks how many there are
+            return
         self._pending.append((index, loss))
         if len(self._pending) >= self._block:
             with self._lock:
@@ -133,11 +137,11 @@ class Debugger:
         pass
 
     def after(self, action):
-        nested, level, loss = self.engine.nested, action.level, None
-        index = self.timeline.index + bool(nested)  # what is part of an action belongs to the moment after it
+        nested, timeline, level, loss = self.engine.nested, self.timeline, action.level, None
+        index = timeline.index + bool(nested)  # what is part of an action belongs to the moment after it
         if action.kind == "descend":
-            loss = self.engine.level(level).last_loss
-            if not self.timeline.following:  # else it is known from the first time
+            loss = self.engine._levels[level].last_loss
+            if not timeline.following:  # else it is known from the first time
                 self._histories[level].append(index, loss)
         if self._recording:
             self._moved.append((index, action, loss))
@@ -222,16 +226,17 @@ class Debugger:
         "The TimelineRecord: how far back and forth, what happened where (at most `most` marks of each kind), and the last and next `most` / 2 actions"
         timeline = self.timeline
         with self.engine._lock:
-            marks = [Mark(index, kind, level, words or kind) for index, kind, level, words in timeline.marks]
+            marks = list(timeline.marks)
             start, end = max(timeline.oldest, timeline.index - most // 2), min(timeline.end, timeline.index + most // 2)
             actions = [timeline.log[i - timeline.oldest] for i in range(start, end)]
             snapshots = tuple(s.index for s in timeline.snapshots)
             oldest, index, end, nbytes = timeline.oldest, timeline.index, timeline.end, timeline.nbytes
-        shown = []
-        for kind in dict.fromkeys(m.kind for m in marks):
-            of_kind = [m for m in marks if m.kind == kind]
+        kinds, shown = {}, []
+        for mark in marks:
+            kinds.setdefault(mark[1], []).append(mark)
+        for of_kind in kinds.values():
             stride = max(1, -(-len(of_kind) // most))
-            shown += of_kind[(len(of_kind) - 1) % stride :: stride]
+            shown += [Mark(index, kind, level, words or kind) for index, kind, level, words in of_kind[(len(of_kind) - 1) % stride :: stride]]
         records = tuple(ActionRecord(start + i + 1, a.kind, a.level or None, str(a), None, a.manual) for i, a in enumerate(actions))
         return TimelineRecord(oldest, index, end, tuple(sorted(shown, key=lambda m: m.index)), records, snapshots, nbytes / 2**20, timeline.budget_mb)
 
