@@ -298,8 +298,8 @@ def by_formula(formula, optimizer, parameters, gradients, state, options, once=F
     for group, held in zip(options, optimizer.param_groups):
         of_group = slice(begin, begin + len(held["params"]))
         ps, gs, own, begin = parameters[of_group], gradients[of_group], states[of_group], of_group.stop
-        if once and formula is _adam and _alike(ps, gs, own):
-            ps, own = _adam_together(ps, gs, own, group)
+        if once and len(ps) >= _FROM[formula] and _alike(ps, gs, own):
+            ps, own = _TOGETHER[formula](ps, gs, own, group)
             moved += ps
             new += own
             continue
@@ -308,6 +308,45 @@ def by_formula(formula, optimizer, parameters, gradients, state, options, once=F
             moved.append(p)
             new.append(s)
     return moved, new
+
+# %% ../nbs/core/24_optim.ipynb #c629f238
+class _SgdStep(torch.autograd.Function):
+    "(parameters, gradients, momentum buffers unless it is the first step or there is no momentum), each a list, -> (parameters, buffers if there is momentum)"
+
+    @staticmethod
+    def forward(ctx, options, n, *tensors):
+        ps, gs, buffers = (list(tensors[i * n : (i + 1) * n]) for i in range(3))
+        if options["maximize"]:
+            gs = torch._foreach_neg(gs)
+        if options["weight_decay"]:
+            gs = torch._foreach_add(gs, ps, alpha=options["weight_decay"])
+        ctx.options, ctx.n, ctx.share = options, n, 1 - options["dampening"] if buffers else 1
+        if not options["momentum"]:
+            return tuple(torch._foreach_add(ps, gs, alpha=-options["lr"]))
+        if buffers:
+            buffers = torch._foreach_mul(buffers, options["momentum"])
+            torch._foreach_add_(buffers, gs, alpha=ctx.share)
+        else:
+            buffers = [g.clone() for g in gs]
+        along = torch._foreach_add(gs, buffers, alpha=options["momentum"]) if options["nesterov"] else buffers
+        return (*torch._foreach_add(ps, along, alpha=-options["lr"]), *buffers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        options, n = ctx.options, ctx.n
+        to_p, to_buffers, before = list(cotangents[:n]), list(cotangents[n:]), ()
+        if options["momentum"]:
+            of_along = options["momentum"] if options["nesterov"] else 1
+            to_buffers = torch._foreach_add(to_buffers, to_p, alpha=-options["lr"] * of_along)
+            to_g = torch._foreach_mul(to_buffers, ctx.share) if ctx.share != 1 else to_buffers
+            to_g = torch._foreach_add(to_g, to_p, alpha=-options["lr"]) if options["nesterov"] else to_g
+            before = torch._foreach_mul(to_buffers, options["momentum"])
+        else:
+            to_g = torch._foreach_mul(to_p, -options["lr"])
+        to_p = torch._foreach_add(to_p, to_g, alpha=options["weight_decay"]) if options["weight_decay"] else to_p
+        to_g = torch._foreach_neg(to_g) if options["maximize"] else to_g
+        return (None, None, *to_p, *to_g, *before)[: len(ctx.needs_input_grad)]
 
 # %% ../nbs/core/24_optim.ipynb #392170db
 _PLAIN = (torch.float32, torch.float64)  # in half precision, torch rounds the factors of lists and of single tensors differently
@@ -378,7 +417,7 @@ def _adam_lists(options, t, parameters, gradients, means, squares, largest=None)
 
 
 def _alike(parameters, gradients, states):
-    "Whether one _AdamStep can move the parameters: in full precision, with the same count of steps; forward mode goes through the formula"
+    "Whether one operation can move the parameters: in full precision, with the same count of steps; forward mode goes through the formula"
     if any(g is None for g in gradients) or forward_ad._current_level >= 0:
         return False
     first, known = parameters[0].dtype, states[0].keys()
@@ -395,6 +434,16 @@ def _adam_together(ps, gs, states, options):
     step, n = states[0]["step"] + 1, len(ps)
     found = _AdamStep.apply(options, step.item(), *ps, *gs, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))
     return found[:n], [{"step": step, "exp_avg": m, "exp_avg_sq": square} for m, square in zip(found[n : 2 * n], found[2 * n :])]
+
+
+def _sgd_together(ps, gs, states, options):
+    n, buffers = len(ps), [s.get("momentum_buffer") for s in states] if options["momentum"] else [None]
+    found = _SgdStep.apply(options, n, *ps, *gs, *(() if buffers[0] is None else buffers))
+    return found[:n], [{"momentum_buffer": b} for b in found[n:]] if options["momentum"] else states
+
+
+_TOGETHER = {_adam: _adam_together, _sgd: _sgd_together}
+_FROM = {_adam: 1, _sgd: 32}  # tensors
 
 # %% ../nbs/core/24_optim.ipynb #4e1e2553
 def quick_step(optimizer):

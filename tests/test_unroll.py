@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProblem, ImplicitProblem, IterativeProblem
+from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProblem, ImplicitProblem, IterativeProblem, optim
 from betty_nb.debugger.timeline import held
 from betty_nb.hypergradient import ForwardMode, Unroll
 from betty_nb.optim import differentiable_step
@@ -130,6 +130,23 @@ def test_every_optimizer_against_central_differences_of_the_whole_program(name):
     assert solve.iterations == 10
     assert error(reverse, central(**OPTIMIZERS[name])) < 1e-6
     assert error(probed(engine, ForwardMode())[0], reverse) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["SGD", "momentum", "Nesterov", "dampening"])
+def test_sgd_moves_many_tensors_in_one_operation(name, monkeypatch):
+    def reverse():
+        torch.manual_seed(3)
+        layers = [layer for _ in range(17) for layer in (torch.nn.Linear(4, 4), torch.nn.Tanh())]
+        net = torch.nn.Sequential(*layers, torch.nn.Linear(4, 1)).double()
+        engine = at_hypergradient(program(h=torch.full((36,), -4.0), net=net, **OPTIMIZERS[name]))
+        used.append(engine.inner.path.stretches[-1].live.after[0].grad_fn.name())
+        return made_and_repeated(engine)[0]
+
+    used = []
+    together = reverse()
+    monkeypatch.setitem(optim._FROM, optim._sgd, 37)
+    assert error(together, reverse()) < 1e-12
+    assert used == ["_SgdStepBackward", "AddBackward0"]
 
 
 def one_cycle(optimizer):
