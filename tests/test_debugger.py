@@ -80,6 +80,26 @@ def test_back_goto_and_replay_are_exact(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupt_on_the_way_back_does_not_pass_for_a_moment(kind):
+    debugger = debugged(program(kind))
+    engine, moments = debugger.engine, trail(debugger, 12)
+    last = debugger.timeline.index
+
+    def interrupt(optimizer, args, kwargs):  # the parameters have moved, and nothing else of the action is done
+        raise KeyboardInterrupt
+
+    hook = engine.inner.optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        debugger.goto(last - 3)
+    hook.remove()
+    assert debugger.timeline.index < last - 3
+    debugger.goto(last - 3)
+    assert same(bits(engine), moments[last - 3])
+    debugger.goto(last)
+    assert same(bits(engine), moments[last])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fork_leaves_everything_in_place_and_its_branches_are_runs(kind):
     debugger = debugged(program(kind))
     debugger.run(7).wait()

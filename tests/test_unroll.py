@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import time
 import weakref
 
@@ -11,6 +12,7 @@ import torch
 from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProblem, ImplicitProblem, IterativeProblem, optim
 from betty_nb.debugger.timeline import held
 from betty_nb.hypergradient import ForwardMode, Unroll
+from betty_nb.hypergradient.method import undisturbed
 from betty_nb.optim import differentiable_step
 from betty_nb.problems.live import Row
 from tests.programs import BOTH, bits, same
@@ -409,6 +411,29 @@ def test_an_interrupt_inside_a_pull_back_leaves_everything_as_it_is():
         handle.remove()
         assert same(before, bits(engine)) and all(a is b for a, b in zip(parameters, net.parameters()))
         assert all(isinstance(p, torch.nn.Parameter) for p in net.parameters())
+
+
+def test_an_interrupt_before_anything_was_changed_is_that_interrupt(monkeypatch):
+    engine, original = at_hypergradient(noisy()), undisturbed._keep
+    before = bits(engine)
+
+    def interrupting_the(number):
+        calls = itertools.count(1)
+
+        def keep(context):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            original(context)
+
+        return keep
+
+    for number in (1, 2):  # the context of the look, and in it that of the repeated steps
+        monkeypatch.setattr(undisturbed, "_keep", interrupting_the(number))
+        with pytest.raises(KeyboardInterrupt):
+            engine.probe("outer", methods={"inner": Unroll(graph_mb=0)})
+        assert same(before, bits(engine))
+    monkeypatch.undo()
+    assert probed(engine, Unroll(graph_mb=0))[1].status == "fixed"
 
 
 GRAPHS = pytest.mark.parametrize(

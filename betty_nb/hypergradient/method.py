@@ -101,8 +101,11 @@ class Restoring:
 
     A class, since an interrupt can keep a generator-based context from closing until it is collected, long after the contexts around it."""
 
+    entered = False  # whether something may have been changed
+
     def __enter__(self):
         self._keep()
+        self.entered = True
         try:
             self._change()
         except BaseException:
@@ -110,7 +113,8 @@ class Restoring:
             raise
 
     def __exit__(self, *error):
-        to_the_end(self._restore)
+        if self.entered:
+            to_the_end(self._restore)
 
 
 def with_submodules(modules):

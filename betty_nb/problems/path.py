@@ -290,9 +290,8 @@ class Replay:
         hooks = ("grad_callback", "clip_grad", "custom_optimizer_step")
         self._own_hooks = any(getattr(type(problem), name) is not getattr(Problem, name) for name in hooks)
         self._plain = plain_update(problem)
+        self._mode, self._undisturbed = Differentiating(), undisturbed([q.module for q in problem.levels()])
         self._before = {name: getattr(problem, name) for name in ("optimizer", "batch", "count", "steps")}
-        self._mode = Differentiating()
-        self._undisturbed = undisturbed([q.module for q in problem.levels()])
         self._undisturbed.__enter__()
 
     def __exit__(self, *error):
