@@ -127,8 +127,6 @@ def _perform(function, args, kwargs):
         elsewhere = isinstance(args[0], There)
     if not elsewhere:
         return result
-    if result is not None and function is _aten._to_copy.default and any(result is t.held for t in there):
-        result = result.clone()
     wrapped = tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, result)
     return return_and_correct_aliasing(function, args, kwargs, wrapped)
 

@@ -94,7 +94,13 @@ def run_kernel(notebook, folder, skipped):
         return "the kernel died"
 
 
-@pytest.mark.parametrize("notebook", notebooks(), ids=name)
+def parameter(notebook):
+    "A benchmark that asserts how long something takes has the room for itself"
+    timed = name(notebook).startswith(("benchmarks/10", "benchmarks/13", "benchmarks/14", "benchmarks/15"))
+    return pytest.param(notebook, id=name(notebook), marks=[pytest.mark.alone] * timed)
+
+
+@pytest.mark.parametrize("notebook", map(parameter, notebooks()))
 def test_notebook(notebook, tmp_path):
     nb = read(notebook)
     skipped = flags_skipped(nb)

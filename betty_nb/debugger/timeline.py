@@ -586,19 +586,18 @@ class Timeline:
             raise ValueError(f"The timeline reaches from action {self.oldest} to {self.end}, got {index}.")
         base = max((s for s in self.snapshots if s.index <= index), key=lambda s: s.index)
         with self.apart():
-            if self._dirty or not base.index <= self.index <= index:
-                self._dirty = True  # until it is done, here and below: an interrupt leaves the program between two moments
+            from_base = self._dirty or not base.index <= self.index <= index
+            self._dirty = True  # until it is done: an interrupt leaves the program between two moments
+            if from_base:
                 base.restore(self.engine)
                 self.index = base.index
                 self._put_random()
-                self._dirty = False
             while self.index < index and not self.stop:
                 self._use({name: copy.copy(config) for name, config in self._recorded(self.index).items()})
-                self._dirty = True
                 self._again(self.log[self.index - self._start])
                 self.index += 1
                 self._put_random()
-                self._dirty = False
+            self._dirty = False
 
     @contextmanager
     def apart(self):
