@@ -6,6 +6,7 @@
 __all__ = ['ALONE', 'Processes', 'ShareOfBatches', 'Group', 'join']
 
 # %% ../nbs/core/41_distributed.ipynb #0e19ecc3
+import atexit
 import os
 from datetime import timedelta
 
@@ -110,7 +111,15 @@ def join(backend, cpu=False):
                 "start the program with torchrun --nproc-per-node=2 program.py, or use strategy='default'."
             )
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        if backend == "gloo":
+            atexit.register(_leave)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     return Group(backend, device), device
+
+
+def _leave():
+    "End the process group: gloo's threads may still hold tensors, and they abort the process where Python has ended before them"
+    if dist.is_initialized():
+        dist.destroy_process_group()
