@@ -364,14 +364,15 @@ class Engine:
 
     def _add_gradient(self, p):
         p.stepped, receives = False, bool(self.graph.receivers(p.name))
-        if p.config.compile and p.compiled.step(receives, self.config.nonfinite != "raise", lambda: self._refuse_nonfinite(p)):
-            return
+        if p.config.compile and not p.compiled.rests("step"):
+            if p.compiled.step(receives, self.config.nonfinite != "raise", lambda: self._refuse_nonfinite(p)):
+                return
         loss = p.training_loss()
         self._refuse_nonfinite(p)
         if receives:
             early = self._lend_batches(p)
             try:
-                result = hypergradient(self.graph, self._levels, p.name, loss=loss)
+                result = hypergradient(self.graph, self._levels, p.name, loss=loss, final=self._is_final(p))
             finally:
                 for q in early:
                     q.batch = None
@@ -382,6 +383,10 @@ class Engine:
                 self._levels[j].settle(p.name, passage)
         else:
             p.gradient(loss)
+
+    def _is_final(self, p):
+        "Whether nobody looks at the hypergradient of `p` once more before the levels below it go on: this is a run, and no other level has one"
+        return self.goal is not None and not self.watchers and self.graph.receiving == (p.name,)
 
     def _lend_batches(self, p):
         "Let the levels below `p` that have drawn no batch yet, which are returned, look at their first one"
@@ -402,7 +407,7 @@ class Engine:
 
     def _take_several(self, p):
         "The steps of `p` in this iteration and the next ones in one call of compiled code; False where they are made one by one"
-        steps = p.compiled.together() if self._unwatched(p) else 0
+        steps = p.compiled.together() if p.compiled.programs and self._unwatched(p) else 0
         if not steps or steps > self._steps_alone(p, p.compiled.unroll) or not p.compiled.take(steps):
             return False
         self.global_step += steps - 1

@@ -31,13 +31,14 @@ def closest(name, allowed):
 # %% ../nbs/core/00_graph.ipynb #54727bda
 def remembered(method):
     "A method of one level (or none) whose answers are kept"
+    name = method.__name__
 
     @functools.wraps(method)
     def answer(self, *level):
-        key = (method.__name__, *level)
-        if key not in self._memory:
-            self._memory[key] = method(self, *level)
-        return self._memory[key]
+        try:
+            return self._memory[name, level]
+        except KeyError:
+            return self._memory.setdefault((name, level), method(self, *level))
 
     return answer
 
@@ -163,6 +164,12 @@ class Graph:
         "The levels whose linear system is solved for the hypergradient of `level`: those on one of its paths, upper ones first"
         down = {low for up, low in self.u2l if up == self._known(level)}
         return tuple(j for j in self.below(level) if j in down or down & set(self.below(j)))
+
+    @property
+    @remembered
+    def receiving(self):
+        "The levels that have a hypergradient"
+        return tuple(k for k in self.levels if self.receivers(k))
 
     @remembered
     def answering(self, level, total):

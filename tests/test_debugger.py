@@ -440,7 +440,7 @@ def test_the_budget_is_kept_over_10_000_steps_and_every_old_moment_is_exact(meth
             index = debugger.timeline.index
             if index % 50 == 0:
                 most = max(most, debugger.timeline.nbytes)
-            if index % 53 == 0:
+            if index % 19 == 0:
                 known[index] = bits(engine)
 
     engine.watchers.append(Watch())

@@ -696,12 +696,49 @@ def test_the_graph_of_an_unroll_goes_when_the_next_begins(truncate):
     try:
         for _ in range(40):
             engine.run(1)
-            graphs += [weakref.ref(stretch.live) for stretch in engine.inner.path.stretches]
+            graphs += [weakref.ref(stretch.live) for stretch in engine.inner.path.stretches if stretch.live is not None]
         alive = {id(graph()) for graph in graphs if graph() is not None}
-        assert alive == {id(stretch.live) for stretch in engine.inner.path.stretches} and len(alive) < len({id(graph) for graph in graphs})
+        assert alive == {id(stretch.live) for stretch in engine.inner.path.stretches if stretch.live} and len(alive) < len({id(graph) for graph in graphs})
     finally:
         if collecting:
             gc.enable()
+
+
+@pytest.mark.parametrize("truncate", [0, 4])
+def test_a_run_uses_up_the_graph_of_an_unroll_that_is_over(truncate, monkeypatch):
+    run, watched, stepped, failed = (program(config=Config(type=Unroll(truncate=truncate), unroll_steps=10)) for _ in range(4))
+    watched.watchers.append(Watching())
+    run.run(20), watched.run(20)
+    while stepped.completed < 20:
+        stepped.advance()
+    held = [engine.inner.path.stretches[-1].live is not None for engine in (run, watched, stepped)]
+    assert held == [False, True, True], "who watches or steps by hand may ask for it again"
+    assert error(probed(run)[0], probed(watched)[0]) < 1e-10
+
+    def fails(*args, **options):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    failed.run(9)
+    monkeypatch.setattr("betty_nb.hypergradient.unroll.derivative", fails)
+    with pytest.raises(KeyboardInterrupt):
+        failed.run(11)
+    assert failed.next_action.kind == "hypergradient", "still due, though the graph is gone"
+    failed.run(20 - failed.completed)
+    assert same(bits(run), bits(watched)) and same(bits(run), bits(stepped)) and same(bits(run), bits(failed))
+
+
+def test_no_graph_is_used_up_in_the_middle_of_an_unroll():
+    class Impatient(Engine):
+        def train_step(self):
+            self.inner.step()
+            if self.inner.count % 5 == 0 and self.inner.count % 10:
+                self.outer.step()
+
+    engine = program(config=Config(type="unroll", unroll_steps=10))
+    engine = Impatient(engine.problems, engine.config, BOTH)
+    engine.run(16)
+    assert engine.outer.count == 3 and engine.inner.path.stretches[-1].live.steps == 6
 
 
 def test_a_pass_that_fails_leaves_nothing_in_the_graph():

@@ -348,10 +348,11 @@ class Linearization:
         start=None,  # (n,) what the method found the last time, for a warm start
         modules=(),  # those whose buffers an evaluation of the loss may change
         scale=1.0,  # see `derivative`: 1 but for a level in float16
+        final=False,  # see `hypergradient`
     ):
         self.loss, self.theta, self.wrt, self.name = loss, list(theta), {k: list(v) for k, v in wrt.items()}, name
         self.problem, self.start, self.modules = problem, start, [m for m in modules if m is not None]
-        self.n, self.scale = sum(t.numel() for t in self.theta), scale
+        self.n, self.scale, self.final = sum(t.numel() for t in self.theta), scale, final
         self.processes = getattr(problem, "processes", ALONE)
         self.hvps = 0  # Hessian-vector products so far, the mixed product of `mixed` not counted
         self._gradient = self._flat = None

@@ -50,9 +50,10 @@ def hypergradient(
     methods=None,  # {name of a lower level: Method} to use instead of the levels' own
     loss=None,  # the level's loss where it has been evaluated already, a scalar tensor with its graph
     hessian=None,  # "direct" or "total" for all middle levels, instead of the levels' own choice
+    final=False,  # whether it is not going to be asked for again, so that the graph of an unroll that is over may be used up
 ):
     "The Hypergradient of `level` at the present parameters and batches. The lower levels notice nothing of it."
-    sweep = Sweep(graph, problems, level, (level,), methods, hessian)
+    sweep = Sweep(graph, problems, level, (level,), methods, hessian, final)
     direct, indirect = sweep.run(loss)
     return Hypergradient(level, direct[level], indirect[level], sweep.passages)
 
@@ -60,9 +61,9 @@ def hypergradient(
 class Sweep:
     "Derivatives of one level's loss with respect to the parameters of `targets`, the levels in between following their upper levels"
 
-    def __init__(self, graph, problems, source, targets, methods=None, hessian=None):
+    def __init__(self, graph, problems, source, targets, methods=None, hessian=None, final=False):
         self.graph, self.problems, self.source, self.targets = graph, problems, source, targets
-        self.methods, self.hessian = methods or {}, hessian
+        self.methods, self.hessian, self.final = methods or {}, hessian, final
         self.processes = getattr(problems[source], "processes", ALONE)
         self.total = tuple(j for j in graph.below(source) if graph.receivers(j) and self._hessian(problems[j]) == "total")
         self.flow = graph.flow(source, targets, self.total)
@@ -122,7 +123,7 @@ class Sweep:
         if j in self.total:
             return TotalLinearization(self, j, wrt, start_from)
         modules = [p.module for p in self.problems.values()]
-        return Linearization(problem.loss, self.theta[j], wrt, j, problem, start_from, modules, getattr(problem, "loss_scale", 1.0))
+        return Linearization(problem.loss, self.theta[j], wrt, j, problem, start_from, modules, getattr(problem, "loss_scale", 1.0), self.final)
 
 
 def zeros(tensors, like):

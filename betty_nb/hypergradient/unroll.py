@@ -35,7 +35,7 @@ class _Through(Method):
         replay = level.problem.replaying()
         adjoint = self._along(vector, level.theta, replay.own)
         try:  # not `with`: an interrupt that is due at its end would keep the context from closing
-            found, deviations, steps = self._pulled(replay, adjoint, wanted)
+            found, deviations, steps = self._pulled(replay, adjoint, wanted, level.final and level.problem.unroll_is_over)
         except RuntimeError as error:
             if "KeyboardInterrupt" in str(error):  # TorchScript, in which torch has some derivatives, turns an interrupt into an error
                 raise KeyboardInterrupt from error
@@ -88,7 +88,7 @@ class Unroll(_Through):
     checkpoint: int = option(0, "repeat the steps, so many at a time; 0 for the square root of unroll_steps where they are repeated", low=0)
     first_order: bool = option(False, "leave out second derivatives: the gradient of a step counts as a constant")
 
-    def _pulled(self, replay, adjoint, wanted):
+    def _pulled(self, replay, adjoint, wanted, final):
         stretches = replay.path.stretches
         ends = [s.start.parameters for s in stretches[1:]] + [replay.own]
         total = {id(t): None for t in wanted}
@@ -98,7 +98,7 @@ class Unroll(_Through):
             left -= len(stretch.steps) - first
             at_first = stretch is stretches[0] and not first and not replay.path.dropped
             further = replay.begins_elsewhere if at_first else left > 0
-            adjoint, state, off = self._stretch(replay, stretch, first, end, adjoint, state, wanted, total, further)
+            adjoint, state, off = self._stretch(replay, stretch, first, end, adjoint, state, wanted, total, further, final)
             deviations.append(off)
             if at_first and further:
                 self._beginning(replay, adjoint, wanted, total)
@@ -106,18 +106,21 @@ class Unroll(_Through):
                 break
         return [total[id(t)] for t in wanted], deviations, (self.truncate or len(replay.path)) - left
 
-    def _stretch(self, replay, stretch, first, end, adjoint, state_adjoint, wanted, total, further):
+    def _stretch(self, replay, stretch, first, end, adjoint, state_adjoint, wanted, total, further, final):
         "Pull the adjoint of the end of a stretch back to its beginning (only if there is something `further` back) or its step `first`; adds to `total`"
         live = stretch.live  # the graph with which the steps were made, if they were
         if live is None or first or self.checkpoint or not self.graph_mb or live.steps != len(stretch.steps) or live.second_order == self.first_order:
             live = self._repeated(replay, stretch, first, wanted)
+        made_before = live is stretch.live
+        if made_before and final:  # torch can free the graph on the way, for which nobody may find it here, not even after an interrupt
+            stretch.end_graph()
         pairs = [(t, v) for t, v in zip(live.after, adjoint) if t.requires_grad]
         for part, adjoints in zip(live.after_state, state_adjoint or ()):
             pairs += [(part[k], v) for k, v in adjoints.items() if v is not None and k in part and part[k].requires_grad]
         leaves = [p for p in live.parameters if p.requires_grad and further]
         numbers = [v for part in live.state for v in part.values() if isinstance(v, torch.Tensor) and v.requires_grad and further]
         others = [(t, p) for t, p in live.inputs.made if id(p) in total] + [(t, t) for t in wanted if id(t) not in replay.placed]
-        grads = iter(self._grad(replay, pairs, [*leaves, *numbers, *(t for t, _ in others)], again=live is stretch.live))
+        grads = iter(self._grad(replay, pairs, [*leaves, *numbers, *(t for t, _ in others)], again=stretch.live is not None and made_before))
         before, before_state = [], []
         if further:
             before = [next(grads) if p.requires_grad else None for p in live.parameters]
@@ -125,7 +128,7 @@ class Unroll(_Through):
             before_state = [{k: next(grads) for k, v in part.items() if isinstance(v, torch.Tensor) and v.requires_grad} for part in live.state]
         for (_, parameter), g in zip(others, grads):
             _accumulate(total, parameter, g)
-        return before, before_state, None if live is stretch.live and end is replay.own and live.agrees() else _deviation(live.after, end)
+        return before, before_state, None if made_before and end is replay.own and live.agrees() else _deviation(live.after, end)
 
     def _repeated(self, replay, stretch, first, wanted):
         "The steps of a stretch from its step `first` on, made once more"
@@ -175,7 +178,7 @@ class ForwardMode(_Through):
 
     limit: int = option(64, "most hyperparameters; each takes one pass over the whole unroll", low=1)
 
-    def _pulled(self, replay, adjoint, wanted):
+    def _pulled(self, replay, adjoint, wanted, final):
         n = sum(t.numel() for t in wanted)
         if n > self.limit:
             raise ValueError(f"forward_mode takes one pass for each of {n} hyperparameters, over its limit of {self.limit}: use unroll, or raise the limit with ForwardMode(limit={n}).")

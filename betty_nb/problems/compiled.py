@@ -519,6 +519,11 @@ class Compiled:
             self.programs[name] = Program(function, self.say, expected) if steps == 1 else Steps(function, one_by_one, expected)
         return self.programs[name]
 
+    def rests(self, name):
+        "Whether the next call of `name` (see `waiting`) is left to the usual way without a look at its account"
+        account = self.accounts.get(name)
+        return account is not None and account.rests() and self.problem.config.compile != "now"
+
     def waiting(self, name):
         "The Account of `name` ('step', 'products', or a gradient of finite differences) while it is left to the usual way, None when it is compiled"
         problem, account = self.problem, self.accounts.get(name)
@@ -539,9 +544,7 @@ class Compiled:
         check=lambda: None,  # called when the loss is known and no gradient has been added
     ):
         "Take the gradient of the level on its present batch, and perhaps move its parameters; False where the usual way has to be gone"
-        problem, account = self.problem, self.accounts.get("step")
-        if account is not None and problem.config.compile != "now" and account.rests():
-            return False
+        problem = self.problem
         if receives:
             self.say("its steps take a hypergradient; what passes through it can be compiled")
             return False
@@ -699,6 +702,8 @@ class Products:
 
     def gradient(self, name, inputs):
         "The gradient of the loss along `inputs`, a list of tensors or None; None instead of a list where it has to be found otherwise"
+        if self.compiled.rests(name):
+            return None
         if account := self.compiled.waiting(name):
             return account.run(self._usual_gradient, account, inputs)
         problem = self.compiled.problem

@@ -14,7 +14,7 @@ import torch
 
 from ..hypergradient.method import with_submodules
 from ..hypergradient.unroll import Unroll
-from ..optim import options_of, parameters_of, refusal
+from ..optim import Rule, options_of, parameters_of, refusal
 from .live import Live, Row, bytes_of_step, can_live
 from .path import Copies, Draws, Kept, Pass, Path, Replay, Start, Step, Stretch, own_hook, plain_update
 from .problem import Problem
@@ -42,7 +42,7 @@ class IterativeProblem(Problem):
 
     def reset(self):
         super().reset()
-        self._path, self._pass, self._draws = None, None, Draws()
+        self._path, self._pass, self._draws, self._rule = None, None, Draws(), None
         self._step_bytes = None  # what the graph of a step takes, None before that is known
 
     def initialize(self, engine):
@@ -68,6 +68,11 @@ class IterativeProblem(Problem):
     # What the path is made from
 
     @property
+    def unroll_is_over(self):
+        "Whether the next step within the schedule begins an unroll"
+        return self.count % (self.config.unroll_steps * self.config.gradient_accumulation) == 0
+
+    @property
     def path(self):
         "The steps of the present unroll, None before the first"
         return self._path
@@ -88,6 +93,13 @@ class IterativeProblem(Problem):
     def optimized(self):
         "The parameters that a step may change, frozen ones of the optimizer included"
         return self.trainable_parameters() if self.optimizer is None else parameters_of(self.optimizer)
+
+    @property
+    def rule(self):
+        "The Rule of the present optimizer"
+        if self._rule is None or self._rule.optimizer is not self.optimizer:
+            self._rule = Rule(self.optimizer)
+        return self._rule
 
     def learned_options(self):
         "`optimizer_options` as a list of dictionaries"
@@ -241,7 +253,7 @@ class IterativeProblem(Problem):
                 self._draws.used(before)  # from then on, each step keeps its own
             return False
         one = Pass(self.batch, seen, counters, random, 1, 1.0, None)
-        self._path.add_step(Step((one,), row.options, None), self._longest_way_back)
+        self._path.add_step(Step((one,), row.live.rule.options, None), self._longest_way_back)
         return True
 
     def add_gradient(self, grads):
@@ -278,7 +290,7 @@ class IterativeProblem(Problem):
 
     def _descend(self):
         stretch = self._path.stretches[-1]
-        if stretch.live is not None and stretch.live.update(self._options):
+        if stretch.live is not None and stretch.live.update():
             self.optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
             return True
         stretch.end_graph()

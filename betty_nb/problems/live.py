@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Live', 'Row', 'can_live', 'bytes_of_step']
 
-# %% ../../nbs/core/27_live.ipynb #f38141ec
+# %% ../../nbs/core/27_live.ipynb #c7e4cf4b
 from contextlib import nullcontext
-from operator import itemgetter
 
 import torch
 
-from ..hypergradient.method import Restoring, derivative, to_the_end, twice_differentiable, undisturbed
-from ..optim import by_formula, formula_of, observed, options_of, reading
+from ..hypergradient.method import Restoring, derivative, pass_back, to_the_end, twice_differentiable, undisturbed
+from ..optim import by_formula, deal, have_formula, reading
 from .path import Replay, plain_update
 
 # %% ../../nbs/core/27_live.ipynb #9d58457f
@@ -27,7 +26,7 @@ class Live:
         self.state = self.places.state_leaves(stretch.start.state)
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
         self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
-        self._options, self._formula = None, None  # the options for which `_formula` has been looked up
+        self.rule = problem.rule
         self.all_trained = self.places.trained == list(range(len(self.after)))
         self.begin_update()
 
@@ -67,7 +66,7 @@ class Live:
     def gradient_of(self, loss, scale=1, one=None):
         "The gradient of `loss` / `scale`, a list along the trained parameters; a tensor `one` of the same kind, to which nobody writes, saves making it"
         own = self.after if self.all_trained else [self.after[i] for i in self.places.trained]
-        found = derivative(loss, own, None if one is None else [one], create_graph=self.second_order)
+        found = pass_back([loss], own, None if one is None else [one], create_graph=self.second_order)
         if not self.second_order:
             found = [None if g is None else g.detach() for g in found]
         return found if scale == 1 else [None if g is None else g / scale for g in found]
@@ -76,28 +75,22 @@ class Live:
         "Gather what `gradient_of` gave"
         self.places.gather(self.gradients, found)
 
-    def update(self, options):
+    def update(self):
         "Make the step with the gradient gathered, and give the parameters and the optimizer its values; False where only the optimizer's own code can make it"
-        optimizer = self.problem.optimizer
-        if not plain_update(self.problem) or observed(optimizer):
+        if not plain_update(self.problem):
             return False
-        if not self.has_formula(options):
+        self.rule = self.problem.rule
+        if not self.rule.look():
             return False
         self.step()
         self.copy()
         self.copy_state()
         return True
 
-    def has_formula(self, options):
-        "Whether a step with these options is written as a formula"
-        if options != self._options:
-            self._options, self._formula = options, formula_of(self.problem.optimizer, options, self.after)
-        return self._formula is not None
-
     def step(self):
-        "Make the step in the graph, with the gradient gathered and the options of `has_formula`"
-        optimizer = self.problem.optimizer
-        self.after, self.after_state = by_formula(self._formula, optimizer, self.after, self.gradients, self.after_state, self._options, once=True)
+        "Make the step in the graph, with the gradient gathered and the formula of the `rule`"
+        rule = self.rule
+        self.after, self.after_state = by_formula(rule.formula, rule.optimizer, self.after, self.gradients, self.after_state, rule.options, once=True)
         self.steps += 1
 
     def copy(self):
@@ -162,10 +155,10 @@ class Row(Restoring):
         self._one = torch.ones(())
 
     def _keep(self):
-        optimizer = self._optimizer = self.problem.optimizer
+        optimizer, self.live.rule = self.problem.optimizer, self.problem.rule
+        self._optimizer = optimizer
         self._buffers, self._before_pass = [dict(m._buffers) for m in self.live.places.buffered], []
-        self._reading, self._values, self._seen = reading(optimizer, self.live.after), None, None
-        self._options = [itemgetter(*(k for k in group if k != "params")) for group in optimizer.param_groups]
+        self._reading, self._seen = reading(optimizer, self.live.after), None
         self._kernels = self.live._kernels()
 
     def _change(self):
@@ -180,12 +173,7 @@ class Row(Restoring):
 
     def goes_on(self):
         "Whether the next step can be made here: nobody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula"
-        values = [options(group) for options, group in zip(self._options, self._optimizer.param_groups)]
-        if values != self._values:
-            self._values, self.options = values, options_of(self._optimizer)
-            if not self.live.has_formula(self.options):
-                return False
-        return self.live.untouched() and not observed(self._optimizer)
+        return self.live.rule.look() and self.live.untouched()
 
     def begin(self, seen):
         "Put the tensors of the graph, and of the other levels as they were `seen`, into place for a pass"
@@ -197,9 +185,7 @@ class Row(Restoring):
             places.put_own(live.after)
         else:
             places.put(live.after, live.inputs(seen))
-        rest = iter(live.after)
-        for group in self._reading.param_groups:
-            group["params"] = [next(rest) for _ in group["params"]]
+        deal(self._reading.param_groups, live.after)
         self.problem.optimizer, self._seen = self._reading, seen if self.alone else None
 
     def gradient_of(self, loss):
@@ -233,7 +219,7 @@ def can_live(problem):
     "Whether the next step of `problem` can be made with its graph"
     if not plain_update(problem) or problem.config.precision == "fp16" or problem.engine.graph.receivers(problem.name):
         return False
-    return formula_of(problem.optimizer, problem.optimizer.param_groups, problem.optimized()) is not None
+    return problem.rule.look() and have_formula(problem.optimized())
 
 
 def bytes_of_step(problem):

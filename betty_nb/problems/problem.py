@@ -82,10 +82,12 @@ class Source:
 
     def begin(self):
         "Start a pass"
-        if type(self.loader) not in (list, tuple):
+        listed = type(self.loader) in (list, tuple)
+        if not listed:
             self.began = RandomState(torch_only=self.epoch >= self.learning and not self.slow), states_of(self.loader)
         self._iterator, self.given = iter(self.loader), 0
-        end_in_time(self._iterator)
+        if not listed:
+            end_in_time(self._iterator)
 
     def next(self):
         "The pair (batch, whether a new pass through the loader began with it)"
