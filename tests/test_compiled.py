@@ -16,7 +16,7 @@ from betty_nb import Config, Debugger, Engine, EngineConfig, ImplicitProblem, It
 from betty_nb.benchmarks.by_hand import by_hand
 from betty_nb.benchmarks.measure import Program, interleaved
 from betty_nb.benchmarks.workloads import workload
-from betty_nb.hypergradient.method import Linearization, undisturbed
+from betty_nb.hypergradient.method import Linearization, twice_differentiable, undisturbed
 from betty_nb.problems.compiled import Account, Compiled, Compiler, CompileWarning, Steps
 from tests.programs import BOTH, Vector, bits, noisy_program, pair, ridge_program
 from tests.repo import ROOT, child_env
@@ -775,3 +775,96 @@ def test_a_small_level_takes_half_the_time_of_the_loop_by_hand():
     ratios = [interleaved(sides, rounds=5, seconds=0.03)["compiled"].processor for _ in range(3)]
     print(f"compiled: {min(ratios):.2f} of the loop by hand, {sides['compiled'].engine.inner.compiled}")
     assert min(ratios) < 0.6 and statistics.median(ratios) < 0.8, ratios
+
+
+# What the user has compiled
+
+
+def weighted(method, base=ImplicitProblem, change=lambda net: net, loss=F.mse_loss, **config):
+    "A learned weight decay of a small network, which `change` may compile"
+    torch.manual_seed(0)
+    net, decay = change(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()), Vector(1, -2.0).double()
+    batch = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+
+    class Inner(base):
+        def training_step(self, batch):
+            x, y = batch
+            return loss(self.module(x), y) + self.outer().exp().sum() * sum(p.square().sum() for p in self.module.parameters())
+
+    class Outer(ImplicitProblem):
+        def training_step(self, batch):
+            x, y = batch
+            return F.mse_loss(self.inner(x), y)
+
+    inner = Inner("inner", Config(type=method, unroll_steps=3, **config), net, torch.optim.SGD(net.parameters(), lr=0.1), train_data_loader=[batch])
+    outer = Outer("outer", None, decay, torch.optim.SGD(decay.parameters(), lr=0.1), train_data_loader=[batch])
+    return Engine([outer, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
+
+
+def in_place(net):
+    net.compile(backend="aot_eager")
+    return net
+
+
+CHANGES = {"inductor": torch.compile, "aot_eager": lambda net: torch.compile(net, backend="aot_eager"), "in place": in_place}
+
+
+@compiler
+@pytest.mark.parametrize(
+    "method, base, change",
+    [
+        ("cg", ImplicitProblem, "inductor"),
+        ("neumann", ImplicitProblem, "in place"),
+        ("exact", ImplicitProblem, "aot_eager"),
+        ("darts", ImplicitProblem, "aot_eager"),
+        ("unroll", IterativeProblem, "inductor"),
+        ("forward_mode", IterativeProblem, "in place"),
+    ],
+)
+def test_modules_that_the_user_has_compiled(method, base, change, monkeypatch):
+    "torch's compiled code has no second derivative: `donated buffer` and `double backward` are its errors"
+    monkeypatch.setattr(twice_differentiable, "compiled", False)
+    plain, compiled = weighted(method, base), weighted(method, base, CHANGES[change])
+    plain.run(12), compiled.run(12)
+    assert apart(*(torch.cat([p.detach().reshape(-1) for p in e.inner.module.parameters()]) for e in (plain, compiled))) < 1e-9
+    assert apart(*(engine.probe("outer").total[0] for engine in (plain, compiled))) < 1e-6
+    debugger = Debugger(compiled)
+    debugger.run(2).wait(60)
+    assert debugger.hypergradient("outer").error is not None
+    debugger.back(5)
+    debugger.run(1).wait(60)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@compiler
+def test_functions_that_the_user_has_compiled(monkeypatch):
+    monkeypatch.setattr(twice_differentiable, "compiled", False)
+    loss = torch.compile(lambda x, y: (x - y).square().mean().exp(), backend="aot_eager")
+    weighted("darts", loss=loss).run(6)
+    engine = weighted("cg", loss=loss)
+    with pytest.raises(RuntimeError, match=r"torch.compile.*Config\(compile=True\).*'darts'"):
+        engine.run(6)
+
+
+@compiler
+def test_a_compiled_level_of_a_module_that_the_user_has_compiled():
+    plain, both = weighted("cg"), weighted("cg", change=torch.compile, compile="now")
+    plain.run(12), both.run(12)
+    assert apart(plain.outer.module.value.detach(), both.outer.module.value.detach()) < 1e-9
+    assert {"step", "Hessian", "mixed"} <= set(both.inner.compiled.programs)
+
+
+@compiler
+def test_a_debugger_looks_at_compiled_levels():
+    "It measures memory operation by operation, and torch runs no compiled code where somebody watches those"
+    plain, compiled = weighted("cg"), weighted("cg", compile="now")
+    found = []
+    for engine in (plain, compiled):
+        engine.run(12)
+        debugger = Debugger(engine)
+        debugger.run(3).wait(60)
+        found.append(engine.probe("outer").total[0])
+        assert debugger.hypergradient("outer").error is not None
+        methods = debugger.compare("outer", ["cg", "neumann", "darts"])
+        assert all(row.error is not None for row in methods.rows), methods
+    assert apart(*found) < 1e-6

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProblem, ImplicitProblem, IterativeProblem, optim
 from betty_nb.debugger.timeline import held
@@ -179,6 +180,19 @@ def test_through_schedulers_groups_noise_and_accumulation(options):
     reverse, solve = made_and_repeated(engine)
     assert error(probed(engine, ForwardMode())[0], reverse) < 1e-10
     assert error(reverse, central(**options)) < 1e-6
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, torch.nn.MSELoss(), lambda a, b: F.mse_loss(a, b, reduction="sum") / 7])
+def test_forward_mode_goes_through_the_mean_squared_error(loss):
+    "torch's derivative of its gradient writes to zeros that nobody may write to"
+
+    class Fit(Inner):
+        def training_step(self, batch):
+            x, y = batch
+            return loss(self.module(x), y) + self.outer().exp().sum() * sum(p.square().sum() for p in self.module.parameters())
+
+    engine = at_hypergradient(program(cls=Fit))
+    assert error(probed(engine, ForwardMode())[0], probed(engine)[0]) < 1e-10
 
 
 def test_defect_1_iterative_differentiation_runs():

@@ -262,17 +262,24 @@ def displaced_all(moves, scale=1.0):
 
 # %% ../../nbs/core/01_method.ipynb #db9cedb0
 class twice_differentiable(Restoring):
-    "A context: attention is computed by a kernel that has second derivatives"
+    "A context: attention is computed by a kernel that has second derivatives, and modules of `torch.compile` as they were written"
+
+    compiled = False  # whether some level has such a module
 
     # torch.nn.attention.sdpa_kernel does the same in 15 times the time, as a generator that an interrupt can leave open.
     def _keep(self):
+        self._stance = None
         self._wrong = [(name, enable) for name, (enabled, enable) in ATTENTION.items() if enabled() != (name == "math")]
 
     def _change(self):
         for name, enable in self._wrong:
             enable(name == "math")
+        if self.compiled:
+            self._stance = torch.compiler.set_stance("force_eager")
 
     def _restore(self):
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
         for name, enable in self._wrong:
             enable(name != "math")
 
@@ -291,11 +298,22 @@ def pass_back(
         vectors = [torch.ones_like(o) for o in outputs] if vectors is None else vectors
         keep = create_graph if retain_graph is None else retain_graph
         run = _engine if inputs[0].is_cpu and not _log.isEnabledFor(logging.DEBUG) else _run_backward
-        return run(tuple(outputs), tuple(vectors), keep, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=accumulate)
+        try:
+            return run(tuple(outputs), tuple(vectors), keep, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=accumulate)
+        except RuntimeError as error:
+            if any(words in str(error) for words in ("donated buffer", "support double backward")):
+                raise RuntimeError(_ONCE) from error
+            raise
     options = dict(retain_graph=retain_graph, create_graph=create_graph)
     if accumulate:
         return torch.autograd.backward(outputs, vectors, inputs=inputs, **options)
     return torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, is_grads_batched=is_grads_batched, **options)
+
+
+_ONCE = (
+    "A loss uses code of torch.compile in a pass that needs it once more, for a second derivative or another look at the first: torch can't do that. Leave "
+    "torch.compile out, and let Config(compile=True) compile the level, which includes its second derivatives; or choose a method that needs first ones only, such as 'darts'."
+)
 
 
 def _unusual(outputs, inputs, vectors):

@@ -10,7 +10,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from .method import Method, Solve, derivative, finite_together, flatten, option, register, to_the_end, twice_differentiable, unflatten
 
@@ -184,17 +186,27 @@ class ForwardMode(_Through):
             raise ValueError(f"forward_mode takes one pass for each of {n} hyperparameters, over its limit of {self.limit}: use unroll, or raise the limit with ForwardMode(limit={n}).")
         if any(id(t) not in replay.placed for t in wanted):
             raise ValueError("forward_mode differentiates with respect to parameters of modules only: put the hyperparameter into a module, or use unroll.")
-        found, deviations = [], []
         replay.open()
         with twice_differentiable():
-            for t in wanted:
-                values = []
-                for i in range(t.numel()):
-                    value, off = self._along_direction(replay, adjoint, wanted, t, i)
-                    values.append(value)
-                    deviations.append(off)
-                found.append(torch.stack(values).view_as(t) if values else None)
+            try:
+                found, deviations = self._by_direction(replay, adjoint, wanted)
+            except RuntimeError as error:
+                if "ZeroTensor" not in str(error):
+                    raise
+                with _PlainLoss():
+                    found, deviations = self._by_direction(replay, adjoint, wanted)
         return found, deviations, len(replay.path)
+
+    def _by_direction(self, replay, adjoint, wanted):
+        found, deviations = [], []
+        for t in wanted:
+            values = []
+            for i in range(t.numel()):
+                value, off = self._along_direction(replay, adjoint, wanted, t, i)
+                values.append(value)
+                deviations.append(off)
+            found.append(torch.stack(values).view_as(t) if values else None)
+        return found, deviations
 
     def _along_direction(self, replay, adjoint, wanted, moved, i):
         "The derivative of adjoint . theta_T in the direction of entry i of the parameter `moved`"
@@ -224,6 +236,16 @@ class ForwardMode(_Through):
             for i, tensor in {**copied, **replay.initial_tensors(seen)}.items():
                 parameters[i] = tensor
         return parameters, state
+
+
+class _PlainLoss(TorchFunctionMode):
+    "Inside, the mean squared error is computed in two operations"
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.mse_loss and len(args) == 2 and kwargs.get("reduction") == "mean" and not any(kwargs.get(k) for k in ("size_average", "reduce", "weight")):
+            return (args[0] - args[1]).square().mean()
+        return function(*args, **kwargs)
 
 
 def _moved(tensor, like):

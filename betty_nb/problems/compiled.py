@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..hypergradient.method import RandomState, flatten, unflatten
+from ..hypergradient.method import RandomState, flatten, twice_differentiable, unflatten
 from ..optim import observed
 from .problem import Problem
 
@@ -146,6 +146,14 @@ class Program:
 
     def __call__(self, *args):
         "What the function returns, or None where there is no compiled code for this call"
+        if torch._C._len_torch_dispatch_stack():  # somebody watches each operation, as a measurement of memory does; torch runs no compiled code then
+            return None
+        if twice_differentiable.compiled:  # it may have been forbidden to run compiled code
+            with torch.compiler.set_stance("default"):
+                return self._call(args)
+        return self._call(args)
+
+    def _call(self, args):
         if not self.variants:
             return self._compile(args) if self.open else None
         if not self.open:

@@ -19,7 +19,7 @@ import torch
 
 from ..configs import Config
 from ..distributed import ALONE
-from ..hypergradient.method import RandomState, pass_back, unflatten
+from ..hypergradient.method import RandomState, pass_back, twice_differentiable, unflatten
 from ..optim import quick_step
 
 # %% ../../nbs/core/22_problems.ipynb #630a0fd0
@@ -295,6 +295,8 @@ class Problem:
             self.module.to(self.device)
             move_state(self.optimizer, self.device)
             self.processes.copy_first([*self.parameters(), *self.module.buffers()])
+            if any(map(_is_compiled, self.module.modules())):
+                twice_differentiable.compiled = True
         self._sources = None
         self._takes_batch = bool(inspect.signature(self.training_step).parameters)
         self._callback_takes_parameters = bool(inspect.signature(self.param_callback).parameters)
@@ -673,6 +675,11 @@ class Problem:
         shown = f"{sum(p.numel() for p in self.trainable_parameters())} parameters" if self.module is not None or self.optimizer else "no module"
         compiled = f", {self.compiled}" if self.config.compile else ""
         return f"{type(self).__name__}({self.name!r}, {shown}, method={self.method}{compiled})"
+
+
+def _is_compiled(module):
+    "Whether `module` was given to torch.compile, or its `compile` was called"
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
