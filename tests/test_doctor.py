@@ -80,6 +80,42 @@ def net(dropout=0.0, norm=False, width=16, scale=1.0):
     return module
 
 
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * (1 - ctx.saved_tensors[0].square())  # torch differentiates what was saved as the output of no operation: a second time nothing comes of it
+
+
+class Differentiable(Tanh):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * (1 - ctx.saved_tensors[0].tanh().square())
+
+
+class OnceOnly(Differentiable):
+    backward = staticmethod(torch.autograd.function.once_differentiable(Differentiable.backward))
+
+
+def activated(function, method=None):
+    class Activation(torch.nn.Module):
+        def forward(self, x):
+            return function.apply(x)
+
+    module = net(width=4)
+    module[1] = Activation()
+    return decayed(module, method or CG(iterations=30), l2=1e-2, batch=200, steps=300, rate=0.5)
+
+
 def weighted(dtype, alpha):
     "A weight for each training patient as the upper level: the mixed derivative is not linear in the lower level's parameters"
     weight, model = Vector(200, 0.0).to(dtype), torch.nn.Linear(30, 1, dtype=dtype)
@@ -248,6 +284,8 @@ ILL = {
     "disagree": ("methods that disagree", lambda: badly_scaled(Neumann(iterations=1, alpha=0.1)), lambda: badly_scaled(CG(iterations=40))),
     "too short": ("methods that disagree", lambda: badly_scaled(Neumann(iterations=10, alpha=1e-3)), demo),
     "not finite": ("not finite", lambda: root(0.0), lambda: root(1e-6)),
+    "once differentiable": ("wrong second derivatives", lambda: activated(OnceOnly), lambda: activated(Differentiable)),
+    "intermediate saved": ("wrong second derivatives", lambda: activated(Tanh), lambda: activated(Tanh, "darts")),
 }  # fmt: skip
 
 
@@ -266,7 +304,7 @@ def test_every_finding_of_the_doctor_has_a_test():
     assert {name for name, _, _ in ILL.values()} == {
         "not converged", "step size against curvature", "indefinite Hessian", "singular Hessian", "radius of a finite difference", "chance in the passes",
         "batch statistics", "vanishing vector", "exploding vector", "broken edge", "zero hypergradient", "upper level that does not change",
-        "methods that disagree", "not finite",
+        "methods that disagree", "not finite", "wrong second derivatives",
     }  # fmt: skip
 
 
@@ -282,6 +320,7 @@ def test_every_finding_of_the_doctor_has_a_test():
         "radius too large",
         "clipped to nothing",
         "disagree",
+        "once differentiable",
         "never called",
         "warm-up never ends",
     ],
