@@ -159,6 +159,7 @@ def discard_closed():
 _REFUSED = {
     "LBFGS": "LBFGS evaluates the loss several times a step and decides by comparing numbers",
     "Rprop": "the steps of Rprop depend on the signs of the gradient only, so their derivative is zero almost everywhere",
+    "Adafactor": "Adafactor divides by a norm that it reads as a number, so the derivative of that is lost",
     "SparseAdam": "SparseAdam updates rows of sparse gradients, which autograd cannot differentiate a second time",
 }
 

@@ -5,12 +5,13 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from betty_nb import CG, Config
+from betty_nb import CG, Config, Engine, EngineConfig, ImplicitProblem, IterativeProblem
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import METHODS, LinearSolve, make_method, register
 from betty_nb.hypergradient import method as hypergradient_method
-from tests.programs import bits, noisy_program, ridge_program, same
+from tests.programs import BOTH, Vector, bits, noisy_program, ridge_program, same
 from tests.test_sweep import diamond, program
 
 N = 20
@@ -367,3 +368,34 @@ def test_a_function_that_returns_the_wrong_thing(registered):
 def test_the_flat_options_reach_every_method_that_has_them():
     config = Config(type="neumann", neumann_iterations=7, neumann_alpha=0.3)
     assert (config.method.iterations, config.method.alpha) == (7, 0.3)
+
+
+@pytest.mark.parametrize("method", ["cg", "darts", "nystrom", "unroll", "forward_mode"])
+def test_sparse_gradients_of_an_embedding(method):
+    def embedded(sparse):
+        torch.manual_seed(0)
+        words, labels = torch.randint(10, (16, 4)), torch.randint(3, (16,))
+        net, decay = torch.nn.Sequential(torch.nn.Embedding(10, 8, sparse=sparse), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double(), Vector(1, -2.0).double()
+
+        class Inner(IterativeProblem if method in ("unroll", "forward_mode") else ImplicitProblem):
+            def training_step(self, batch):
+                return F.cross_entropy(self.module(batch[0]).mean(1), batch[1]) + self.outer().exp().sum() * self.module[2].weight.square().sum()
+
+        class Outer(ImplicitProblem):
+            def training_step(self, batch):
+                return F.cross_entropy(self.inner(batch[0]).mean(1), batch[1])
+
+        inner = Inner("inner", Config(type=method, unroll_steps=3), net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), train_data_loader=[(words, labels)])
+        outer = Outer("outer", None, decay, torch.optim.SGD(decay.parameters(), lr=0.1), train_data_loader=[(words.flip(0), labels)])
+        return Engine([outer, inner], EngineConfig(strategy="cpu"), BOTH)
+
+    engines = embedded(False), embedded(True)
+    engines[0].run(9)
+    if method == "forward_mode":  # torch has none for sparse tensors
+        with pytest.raises(NotImplementedError, match="no forward mode for something in 'inner'.*use unroll"):
+            engines[1].run(9)
+        return
+    engines[1].run(9)
+    dense, sparse = (engine.probe("outer").total[0] for engine in engines)
+    torch.testing.assert_close(dense, sparse, rtol=1e-9, atol=0)
+    Debugger(engines[1]).back(2)

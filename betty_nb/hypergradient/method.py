@@ -36,6 +36,8 @@ def flatten(tensors, like=None, copy=True):
     Without `copy`, the vector of a single tensor may share its memory."""
     if like is not None:
         tensors = [torch.zeros_like(o) if t is None else t for t, o in zip(tensors, like)]
+    if any([t.is_sparse for t in tensors]):  # the gradient of an embedding can be
+        tensors = [t.to_dense() if t.is_sparse else t for t in tensors]
     if len(tensors) > 1:
         return _flatten_dense_tensors(tensors)
     flat = tensors[0] if tensors[0].dim() == 1 else tensors[0].reshape(-1)

@@ -190,6 +190,9 @@ class ForwardMode(_Through):
         with twice_differentiable():
             try:
                 found, deviations = self._by_direction(replay, adjoint, wanted)
+            except NotImplementedError as error:
+                first = str(error).splitlines()[0].rstrip(".")
+                raise NotImplementedError(f"torch has no forward mode for something in {replay.problem.name!r} ({first}): use unroll, which gives the same.") from error
             except RuntimeError as error:
                 if "ZeroTensor" not in str(error):
                     raise

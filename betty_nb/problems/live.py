@@ -231,8 +231,9 @@ def bytes_of_step(problem):
     held, parameters = {}, problem.trainable_parameters()
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
+        if not tensor.is_sparse:  # the gradient of an embedding can be; it is small
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     modules = [q.module for q in problem.levels()]
