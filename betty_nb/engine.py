@@ -23,7 +23,7 @@ from .hypergradient.method import TorchModes, to_the_end, undisturbed
 from .hypergradient.sweep import hypergradient
 from .logging import Logger, Progress, make_logger, numbers, warn_nonfinite
 from .problems.path import Draws
-from .problems.problem import Problem
+from .problems.problem import Problem, loaders_of
 from .problems.trial import Trial
 from .stopping import EarlyStopping, InterruptLater
 from .summary import summary
@@ -97,6 +97,7 @@ class Engine:
         for p in problems:
             p.reset()
             p.initialize(self)
+        self._check_loaders()
         self._check_methods(graph)
 
     # Putting the program together
@@ -150,6 +151,18 @@ class Engine:
         own_order = type(self).train_step is not Engine.train_step
         self._leaf_actions = [Action("train_step")] if own_order else [a for leaf in graph.leaves for a in self._actions[leaf]]
         self._only_leaf = None if own_order or len(graph.leaves) > 1 or self.env is not None else graph.leaves[0]  # all that an iteration steps
+
+    def _check_loaders(self):
+        "A loader that can't serve two levels is refused"
+        owners = {}
+        for p in self.problems:
+            for loader in loaders_of(p.train_data_loader):
+                other = owners.setdefault(id(loader), p)
+                if other is not p and getattr(loader, "persistent_workers", False):
+                    raise ValueError(
+                        f"Levels {other.name!r} and {p.name!r} share a DataLoader with persistent_workers=True, of which torch keeps one pass at a time, so that "
+                        "each level would begin the other's pass anew: give each a DataLoader of its own, or leave persistent_workers off."
+                    )
 
     def _check_methods(self, graph):
         "A method that cannot serve its level is refused; one that has no effect is warned about"

@@ -486,3 +486,15 @@ def test_every_method_can_be_diagnosed():
         diagnosis = Debugger(noisy_program(method)).diagnose(seconds=1)
         assert all(f.what and f.remedy for f in diagnosis.findings)
         assert repr(diagnosis) and diagnosis._repr_html_()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(list(zip(*TRAIN)))
+
+
+def test_a_dataset_that_can_only_be_read_through_is_no_illness():
+    engine = decayed(net(width=4), "darts", steps=30)
+    engine.inner.set_train_data_loader(DataLoader(Stream(), 20))
+    engine.run(10)
+    assert not [sentence for sentence in Debugger(engine).diagnose().skipped if "failed" in sentence]

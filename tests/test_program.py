@@ -243,6 +243,22 @@ def test_a_missing_loader():
         pair(loader=False)
 
 
+def test_one_loader_for_two_levels():
+    "Of a loader with persistent workers torch keeps one pass, which each level would begin anew"
+
+    def shared(**options):
+        loader, levels = torch.utils.data.DataLoader(range(8), batch_size=2, **options), [level("outer", uses=("inner",)), level("inner", uses=("outer",))]
+        for problem in levels:
+            problem.train_data_loader = loader
+        return Engine(levels, EngineConfig(train_iters=50, strategy="cpu"), BOTH)
+
+    with pytest.raises(ValueError, match="Levels 'outer' and 'inner' share a DataLoader with persistent_workers=True.*give each a DataLoader of its own"):
+        shared(num_workers=1, persistent_workers=True)
+    engine = shared()
+    engine.run(6)
+    assert engine.inner.drawn == engine.outer.drawn == 6 and engine.inner.sources()[0].epoch == 1
+
+
 def test_a_missing_optimizer():
     with pytest.raises(ValueError, match="Level 'outer' has no optimizer: pass one"):
         Engine([Level("outer", module=Vector(), train_data_loader=[0])])

@@ -192,7 +192,7 @@ def _batches(problem, most):
     if isinstance(loader, (list, tuple)):
         stride = max(1, len(loader) // most)
         others = [batch for batch in loader[::stride] if batch is not present and len(loader) > 1]
-    elif isinstance(loader, torch.utils.data.DataLoader) and loader.batch_size and hasattr(loader.dataset, "__getitem__"):
+    elif isinstance(loader, torch.utils.data.DataLoader) and loader.batch_size and hasattr(loader.dataset, "__len__") and hasattr(loader.dataset, "__getitem__"):
         generator = torch.Generator().manual_seed(0)
         size, n = min(loader.batch_size, len(loader.dataset)), len(loader.dataset)
         drawn = [torch.randperm(n, generator=generator)[:size].tolist() for _ in range(most - 1)]
