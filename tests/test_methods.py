@@ -399,3 +399,43 @@ def test_sparse_gradients_of_an_embedding(method):
     dense, sparse = (engine.probe("outer").total[0] for engine in engines)
     torch.testing.assert_close(dense, sparse, rtol=1e-9, atol=0)
     Debugger(engines[1]).back(2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_complex_parameters(method):
+    "Methods written for real numbers refuse them; the others give what they give for real and imaginary parts"
+    iterative = METHODS[method].serves == "iterative"
+
+    class Net(torch.nn.Module):
+        def __init__(self, real):
+            super().__init__()
+            w = torch.randn(6, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+            self.w = torch.nn.Parameter(torch.view_as_real(w).clone() if real else w)
+
+        def forward(self, x):
+            return (x.cdouble() @ (self.w if self.w.is_complex() else torch.view_as_complex(self.w))).abs()
+
+    class Inner(IterativeProblem if iterative else ImplicitProblem):
+        def training_step(self, batch):
+            return F.cross_entropy(self.module(batch[0]), batch[1]) + self.outer().exp().sum() * self.module.w.abs().square().sum()
+
+    class Outer(ImplicitProblem):
+        def training_step(self, batch):
+            return F.cross_entropy(self.inner(batch[0].flip(0)), batch[1])
+
+    def program(real):
+        net, decay, batch = Net(real), Vector(1, -2.0).double(), (torch.arange(48.0).view(8, 6).sin().double(), torch.arange(8) % 3)
+        inner = Inner("inner", Config(type=method, unroll_steps=3), net, torch.optim.SGD(net.parameters(), lr=0.1), train_data_loader=[batch])
+        outer = Outer("outer", None, decay, torch.optim.SGD(decay.parameters(), lr=0.1), train_data_loader=[batch])
+        return Engine([outer, inner], EngineConfig(strategy="cpu"), BOTH)
+
+    if method not in ("darts", "sama", "unroll"):
+        with pytest.raises(ValueError, match=f"'w' is complex, and {method} is written for real numbers.*'darts'"):
+            program(False)
+        return
+    found = []
+    for real in (True, False):
+        engine = program(real)
+        engine.run(9)
+        found.append(engine.probe("outer").total[0])
+    torch.testing.assert_close(*found, rtol=1e-4 if method != "unroll" else 1e-9, atol=0)

@@ -624,10 +624,19 @@ class Method:
         "A sentence saying why this method cannot serve the level `problem`, its kind included, or an empty string"
         kind = getattr(problem, "kind", "implicit")
         if self.serves == kind:
-            return self.refuses(problem)
+            return self._refuses_complex(problem) or self.refuses(problem)
         other = "IterativeProblem" if kind == "implicit" else "ImplicitProblem"
         needs = "the steps of an unroll" if kind == "implicit" else "the optimum of a level"
         return f"{self.name} differentiates {needs}, so it is for an {other}."
+
+    def _refuses_complex(self, problem):
+        named = [name for name, p in problem.named_trainable_parameters() if p.is_complex()]
+        if not named or self.name in ("unroll", "darts", "sama"):
+            return ""
+        return (
+            f"{named[0]!r} is complex, and {self.name} is written for real numbers: keep it as real ones (a last dimension of 2, and torch.view_as_complex where it "
+            "is used), or use 'darts', or 'unroll' for an IterativeProblem."
+        )
 
     def refuses(self, problem):
         "A sentence saying why this method cannot serve the level `problem`, which is of the right kind, or an empty string"
