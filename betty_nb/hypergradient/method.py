@@ -630,11 +630,11 @@ class Method:
         return f"{self.name} differentiates {needs}, so it is for an {other}."
 
     def _refuses_complex(self, problem):
-        named = [name for name, p in problem.named_trainable_parameters() if p.is_complex()]
-        if not named or self.name in ("unroll", "darts", "sama"):
+        if self.name in ("unroll", "darts", "sama") or not any(p.is_complex() for p in problem.trainable_parameters()):
             return ""
+        name = next(name for name, p in problem.named_trainable_parameters() if p.is_complex())
         return (
-            f"{named[0]!r} is complex, and {self.name} is written for real numbers: keep it as real ones (a last dimension of 2, and torch.view_as_complex where it "
+            f"{name!r} is complex, and {self.name} is written for real numbers: keep it as real ones (a last dimension of 2, and torch.view_as_complex where it "
             "is used), or use 'darts', or 'unroll' for an IterativeProblem."
         )
 
