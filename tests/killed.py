@@ -65,8 +65,8 @@ def fingerprint(engine):
     return "\n".join(f"{list(t.shape)} {t.contiguous().reshape(-1).view(torch.uint8).sum()} {hash(t.numpy().tobytes())}" for t in bits(engine))
 
 
-def work(kind, folder, iterations, seed, saves=True, slow=False):
-    "Run the program from where the last checkpoint in `folder` stands; each loss is logged, and in the end the fingerprint"
+def work(kind, folder, iterations, seed, saves=True, slow=False, ends=True):
+    "Run the program from where the last checkpoint in `folder` stands; each loss is logged, and in the end the fingerprint. Unless it `ends`, it saves on until it is killed"
     torch.set_num_threads(1)
     if slow:
         _slow_down(folder)
@@ -84,6 +84,9 @@ def work(kind, folder, iterations, seed, saves=True, slow=False):
             if saves and not until_save:
                 engine.save(path)
                 until_save = chance.randrange(1, 12)
+    while not ends:
+        engine.save(path)
+        time.sleep(0.01)
     with open(os.path.join(folder, "done"), "w") as done:
         done.write(fingerprint(engine))
 

@@ -59,12 +59,12 @@ def test_killed_and_resumed(kind, processes, tmp_path):
     chance, deaths, during_save = random.Random(kind), 0, 0
     while deaths < KILLS:
         slow = deaths % 2 == 1
-        child = start(processes, kind, str(folder), ITERATIONS, deaths, True, slow)
+        child = start(processes, kind, str(folder), ITERATIONS, deaths, True, slow, False)
         if slow:  # in the middle of a save
             wait_for((folder / "saving").exists, child)
         else:
             goal = len(lines(folder)) + chance.randrange(1, 15)
-            wait_for(lambda goal=goal: len(lines(folder)) >= goal, child)
+            wait_for(lambda goal=goal: len(lines(folder)) >= goal, child, seconds=10)  # it may be through already
             time.sleep(chance.random() * 0.03)
         child.kill()
         child.join()
