@@ -66,13 +66,15 @@ def fingerprint(engine):
 
 
 def work(kind, folder, iterations, seed, saves=True, slow=False, ends=True):
-    "Run the program from where the last checkpoint in `folder` stands; each loss is logged, and in the end the fingerprint. Unless it `ends`, it saves on until it is killed"
+    "Run the program from where the last checkpoint in `folder` stands; each loss is logged, and in the end the fingerprint. Unless it `ends`, it makes 8 iterations, and saves on until it is killed"
     torch.set_num_threads(1)
     if slow:
         _slow_down(folder)
     engine, path = build(kind), os.path.join(folder, "run.pt")
     if os.path.exists(path):
         engine.load(path)
+    if not ends:
+        iterations = engine.completed + 8
     chance = random.Random(seed)
     until_save = chance.randrange(1, 12)
     with open(os.path.join(folder, "losses"), "a", buffering=1) as log:

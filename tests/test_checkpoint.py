@@ -63,8 +63,8 @@ def test_killed_and_resumed(kind, processes, tmp_path):
         if slow:  # in the middle of a save
             wait_for((folder / "saving").exists, child)
         else:
-            goal = len(lines(folder)) + chance.randrange(1, 15)
-            wait_for(lambda goal=goal: len(lines(folder)) >= goal, child, seconds=10)  # it may be through already
+            goal = len(lines(folder)) + chance.randrange(1, 8)
+            wait_for(lambda goal=goal: len(lines(folder)) >= goal, child)
             time.sleep(chance.random() * 0.03)
         child.kill()
         child.join()
