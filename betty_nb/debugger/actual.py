@@ -9,22 +9,14 @@ __all__ = ['most_batches', 'most_steps', 'leaves', 'actual_sets']
 import torch
 
 from .records import SetRow, SetsRecord
+from ..hypergradient.method import nodes_of
 
 # %% ../../nbs/debugger/04_actual.ipynb #88cad80e
 def leaves(tensor):
     "The ids of the leaf tensors that `tensor` depends on, as autograd recorded it"
     if tensor.grad_fn is None:
         return {id(tensor)} if tensor.requires_grad else set()
-    found, seen, stack = set(), {tensor.grad_fn}, [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if hasattr(node, "variable"):  # AccumulateGrad: the end of a path
-            found.add(id(node.variable))
-        for onward, _ in node.next_functions:
-            if onward is not None and onward not in seen:
-                seen.add(onward)
-                stack.append(onward)
-    return found
+    return {id(node.variable) for node in nodes_of([tensor]) if hasattr(node, "variable")}  # AccumulateGrad: the end of a path
 
 # %% ../../nbs/debugger/04_actual.ipynb #dadc4fa9
 most_batches = 8  # on which a loss is evaluated before an edge is called useless

@@ -47,6 +47,7 @@ class Darts(Method):
 
     linear = False  # the radius depends on the vector
     second_order = False
+    takes_complex = True
     alpha: float = option(0.01, "length of the displacement of the level's parameters, in their own unit", above=0.0, main=True)
     multitask: bool = option(False, "after a training hypergradient also move the level by -alpha v / |v|: it then descends the upper loss too")
 

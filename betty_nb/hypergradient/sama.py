@@ -126,6 +126,7 @@ class Sama(Method):
     flat = {"alpha": "sama_adam_alpha"}
     linear = False  # the radius depends on the vector
     second_order = False
+    takes_complex = True
     alpha: float = option(1.0, "length of the displacement of the level's parameters, in their own unit", above=0.0, main=True)
     multitask: bool = option(False, "after a training hypergradient also move the level by -alpha D v / |D v|, down the upper loss")
 

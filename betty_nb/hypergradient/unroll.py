@@ -85,6 +85,7 @@ class _Repeated:
 class Unroll(_Through):
     "Reverse mode through the steps of an IterativeProblem"
 
+    takes_complex = True
     truncate: int = option(0, "go back through the last steps only, this many; 0 for all", low=0)
     graph_mb: int = option(512, "memory for the graph of the whole unroll, in MB: where it takes more, and with 0, the steps are repeated for the hypergradient", low=0)
     checkpoint: int = option(0, "repeat the steps, so many at a time; 0 for the square root of unroll_steps where they are repeated", low=0)

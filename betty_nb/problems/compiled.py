@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..hypergradient.method import RandomState, flatten, twice_differentiable, unflatten
+from ..hypergradient.method import RandomState, flatten, nodes_of, twice_differentiable, unflatten
 from ..optim import observed
 from .problem import Problem
 
@@ -275,15 +275,9 @@ class Compiler:
 
 def operations(tensors):
     "The pair (number of operations in the graph of `tensors`, the same with those that are hard to compile counted twenty times)"
-    seen, left, hard = set(), [t.grad_fn for t in tensors if t is not None], 0
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        left += [parent for parent, _ in node.next_functions]
-        hard += "Convolution" in node.name() or "BatchNorm" in node.name()
-    return len(seen), len(seen) + 19 * hard
+    nodes = nodes_of(tensors)
+    hard = sum("Convolution" in node.name() or "BatchNorm" in node.name() for node in nodes)
+    return len(nodes), len(nodes) + 19 * hard
 
 
 class Account:

@@ -253,7 +253,7 @@ class IterativeProblem(Problem):
                 self._draws.used(before)  # from then on, each step keeps its own
             return False
         one = Pass(self.batch, seen, counters, random, 1, 1.0, None)
-        self._path.add_step(Step((one,), row.live.rule.options, None), self._longest_way_back)
+        self._path.add_step(Step((one,), row.rule.options, None), self._longest_way_back)
         return True
 
     def add_gradient(self, grads):

@@ -26,7 +26,6 @@ class Live:
         self.state = self.places.state_leaves(stretch.start.state)
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
         self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
-        self.rule = problem.rule
         self.all_trained = self.places.trained == list(range(len(self.after)))
         self.begin_update()
 
@@ -79,17 +78,16 @@ class Live:
         "Make the step with the gradient gathered, and give the parameters and the optimizer its values; False where only the optimizer's own code can make it"
         if not plain_update(self.problem):
             return False
-        self.rule = self.problem.rule
-        if not self.rule.look():
+        rule = self.problem.rule
+        if not rule.look():
             return False
-        self.step()
+        self.step(rule)
         self.copy()
         self.copy_state()
         return True
 
-    def step(self):
-        "Make the step in the graph, with the gradient gathered and the formula of the `rule`"
-        rule = self.rule
+    def step(self, rule):
+        "Make the step in the graph, with the gradient gathered and the formula of the Rule"
         self.after, self.after_state = by_formula(rule.formula, rule.optimizer, self.after, self.gradients, self.after_state, rule.options, once=True)
         self.steps += 1
 
@@ -155,8 +153,8 @@ class Row(Restoring):
         self._one = torch.ones(())
 
     def _keep(self):
-        optimizer, self.live.rule = self.problem.optimizer, self.problem.rule
-        self._optimizer = optimizer
+        self.rule = self.problem.rule  # during a pass the level has another optimizer, to look at
+        optimizer = self._optimizer = self.problem.optimizer
         self._buffers, self._before_pass = [dict(m._buffers) for m in self.live.places.buffered], []
         self._reading, self._seen = reading(optimizer, self.live.after), None
         self._kernels = self.live._kernels()
@@ -173,7 +171,7 @@ class Row(Restoring):
 
     def goes_on(self):
         "Whether the next step can be made here: nobody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula"
-        return self.live.rule.look() and self.live.untouched()
+        return self.rule.look() and self.live.untouched()
 
     def begin(self, seen):
         "Put the tensors of the graph, and of the other levels as they were `seen`, into place for a pass"
@@ -209,7 +207,7 @@ class Row(Restoring):
         else:
             live.begin_update()
             live.add(found)
-        live.step()
+        live.step(self.rule)
         live.copy()
         self.made += 1
         return True

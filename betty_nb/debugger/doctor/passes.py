@@ -12,7 +12,7 @@ import torch
 
 from .findings import Curves, Finding, Remedy, examination
 from .solves import apart, unit
-from ...hypergradient.method import RandomState, flatten, twice_differentiable, undisturbed
+from ...hypergradient.method import RandomState, flatten, nodes_of, twice_differentiable, undisturbed
 from ...hypergradient.sweep import Sweep
 
 # %% ../../../nbs/debugger/14_passes.ipynb #eefe464f
@@ -146,7 +146,7 @@ def second_derivatives(patient):
         vector = patient.vector(upper, j)
         if not torch.isfinite(vector).all() or not vector.any():
             continue
-        functions = patient.at(upper, j, lambda local: _own_functions(local.loss()))
+        functions = patient.at(upper, j, _own_functions)
         if not functions or not patient.affords(30 * unit(patient, upper, j), f"The second derivatives of {j!r} were not examined"):
             continue
         found = patient.at(upper, j, lambda local, vector=vector: _products(local, vector))
@@ -167,19 +167,11 @@ def second_derivatives(patient):
         )  # fmt: skip
 
 
-def _own_functions(loss):
-    "The classes of the operations in the graph of `loss` that are written in Python, torch's own left out"
-    seen, left, found = set(), [loss.grad_fn], {}
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        left += [parent for parent, _ in node.next_functions]
-        cls = getattr(node, "_forward_cls", None)
-        if cls is not None and not cls.__module__.startswith("torch."):
-            found[cls] = True
-    return list(found)
+def _own_functions(local):
+    "The classes of the operations in the graph of the level's loss that are written in Python, torch's own left out"
+    with twice_differentiable():  # modules of torch.compile as they were written
+        classes = [getattr(node, "_forward_cls", None) for node in nodes_of([local.loss()])]
+    return list(dict.fromkeys(cls for cls in classes if cls is not None and not cls.__module__.startswith("torch.")))
 
 
 def _is_marked(function):
@@ -188,7 +180,7 @@ def _is_marked(function):
 
 def _products(local, vector, directions=3):
     """How the product of `vector` with the level's gradient changes along random directions of the level's parameters, and of those of each level above: by autograd, and by
-    differences over two radii. Each a matrix with a row for a level.
+    differences over two radii. Each (levels, directions), the level itself first.
 
     Written so, it holds for gradients that are those of no function, too, such as reversed ones."""
     rng, seeded = RandomState(torch_only=True), torch.Generator().manual_seed(0)
