@@ -10,7 +10,7 @@ __all__ = ['Differentiating', 'discard_closed', 'refusal', 'parameters_of', 'sta
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.optim import optimizer as _optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 # %% ../nbs/core/24_optim.ipynb #8ea05660
@@ -216,6 +216,9 @@ def reading(optimizer, parameters):
 
 def deal(groups, parameters):
     "Put `parameters` into the `groups` of an optimizer, as many into each as it has"
+    if len(groups) == 1:
+        groups[0]["params"] = parameters[:]
+        return
     begin = 0
     for group in groups:
         end = begin + len(group["params"])
@@ -281,10 +284,10 @@ _UNUSUAL = {"amsgrad": False, "maximize": False, "capturable": False, "different
 
 def observed(optimizer):
     "Whether somebody asked to be called at each step of `optimizer`, or replaced it"
-    own = vars(optimizer).get("step")  # a scheduler puts a wrapper there
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    hooks = hooks or _optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks  # those of all optimizers
-    return bool(hooks) or own is not None and not hasattr(own, "_wrapped_by_lr_sched")
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return True
+    own = optimizer.__dict__.get("step")  # a scheduler puts a wrapper there
+    return own is not None and not hasattr(own, "_wrapped_by_lr_sched")
 
 
 def formula_of(optimizer, options, parameters):
@@ -312,23 +315,16 @@ class Rule:
     "The options of `optimizer`, and the formula for a step with them: looked up anew where one has changed"
 
     def __init__(self, optimizer):
-        self.optimizer, self.options, self.formula, self._known = optimizer, None, None, ()
+        self.optimizer, self.options, self.formula, self._known, self._ids = optimizer, None, None, (), None
 
     def look(self):
         "Look at the options; whether there is a formula for a step with them that nobody has asked to see"
-        groups, known = self.optimizer.param_groups, self._known
-        if len(groups) != len(known) or not all([_same(new, *old) for new, old in zip(groups, known)]):
-            self._known, self.options = [(dict(group), _types(group)) for group in groups], options_of(self.optimizer)
+        groups = self.optimizer.param_groups
+        ids = [list(map(id, group.values())) for group in groups]  # not whether they are equal: a tensor can equal a number
+        if ids != self._ids:
+            self._ids, self._known, self.options = ids, [dict(group) for group in groups], options_of(self.optimizer)  # what is known keeps its id
             self.formula = _formula(self.optimizer, self.options)
         return self.formula is not None and not observed(self.optimizer)
-
-
-def _same(group, known, types):
-    return group["params"] is known["params"] and group == known and _types(group) == types
-
-
-def _types(group):  # a tensor can equal a number
-    return list(map(type, group.values()))
 
 
 def by_formula(formula, optimizer, parameters, gradients, state, options, once=False):
@@ -350,8 +346,13 @@ def _moved(formula, parameters, gradients, states, options, once):
     "The same for one group"
     if once and len(parameters) >= _FROM[formula] and _alike(parameters, gradients, states):
         return _TOGETHER[formula](parameters, gradients, states, options)
-    made = [(p, s) if g is None else formula(p, g, s, options) for p, g, s in zip(parameters, gradients, states)]
-    return [p for p, _ in made], [s for _, s in made]
+    moved, new = [], []
+    for p, g, s in zip(parameters, gradients, states):
+        if g is not None:
+            p, s = formula(p, g, s, options)
+        moved.append(p)
+        new.append(s)
+    return moved, new
 
 # %% ../nbs/core/24_optim.ipynb #c629f238
 class _SgdStep(torch.autograd.Function):

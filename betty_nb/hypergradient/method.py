@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'NON_FINITE', 'METHODS', 'flatten', 'nodes_of', 'unflatten', 'RandomState', 'to_the_end', 'Restoring',
            'with_submodules', 'TorchModes', 'undisturbed', 'displaced', 'displaced_all', 'twice_differentiable',
-           'pass_back', 'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read',
-           'finite', 'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register',
-           'BettyFunction', 'method_class', 'make_method']
+           'pass_back', 'pass_straight_back', 'plain', 'derivative', 'Linearization', 'Solve', 'relative', 'ratios',
+           'noise', 'single', 'free_to_read', 'finite', 'finite_together', 'select', 'option', 'check_option', 'Method',
+           'LinearSolve', 'register', 'BettyFunction', 'method_class', 'make_method']
 
 # %% ../../nbs/core/01_method.ipynb #546f2b33
 import dataclasses
@@ -309,18 +309,22 @@ def pass_back(
     "What `torch.autograd.grad` returns, None for inputs that do not count"
     if not is_grads_batched and not _unusual(outputs, inputs, vectors):
         vectors = [torch.ones_like(o) for o in outputs] if vectors is None else vectors
-        keep = create_graph if retain_graph is None else retain_graph
-        run = _engine if inputs[0].is_cpu and not _log.isEnabledFor(logging.DEBUG) else _run_backward
-        try:
-            return run(tuple(outputs), tuple(vectors), keep, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=accumulate)
-        except RuntimeError as error:
-            if any(words in str(error) for words in ("donated buffer", "support double backward")):
-                raise RuntimeError(_ONCE) from error
-            raise
+        return pass_straight_back(outputs, inputs, vectors, create_graph if retain_graph is None else retain_graph, create_graph, accumulate)
     options = dict(retain_graph=retain_graph, create_graph=create_graph)
     if accumulate:
         return torch.autograd.backward(outputs, vectors, inputs=inputs, **options)
     return torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, is_grads_batched=is_grads_batched, **options)
+
+
+def pass_straight_back(outputs, inputs, vectors, retain_graph, create_graph, accumulate=False):
+    "The same where the arguments are known to be `plain` and to fit"
+    run = _engine if inputs[0].is_cpu and not _log.isEnabledFor(logging.DEBUG) else _run_backward
+    try:
+        return run(tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=accumulate)
+    except RuntimeError as error:
+        if any(words in str(error) for words in ("donated buffer", "support double backward")):
+            raise RuntimeError(_ONCE) from error
+        raise
 
 
 _ONCE = (
@@ -329,9 +333,14 @@ _ONCE = (
 )
 
 
+def plain(tensors):
+    "Whether torch passes back between `tensors` without asking anybody"
+    return _run_backward is not None and not has_torch_function(tensors)
+
+
 def _unusual(outputs, inputs, vectors):
     "Whether torch would do something else with the arguments than to pass them on"
-    if _run_backward is None or not inputs or has_torch_function((*outputs, *inputs)):
+    if not inputs or not plain((*outputs, *inputs)):
         return True
     if vectors is None:
         return not all([o.numel() == 1 and o.is_floating_point() for o in outputs])

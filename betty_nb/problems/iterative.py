@@ -16,7 +16,7 @@ from ..hypergradient.method import with_submodules
 from ..hypergradient.unroll import Unroll
 from ..optim import Rule, options_of, parameters_of, refusal
 from .live import Live, Row, bytes_of_step, can_live
-from .path import Copies, Draws, Kept, Pass, Path, Replay, Start, Step, Stretch, own_hook, plain_update
+from .path import Copies, Draws, Kept, Layout, Pass, Path, Replay, Start, Step, Stretch, own_hook, plain_update
 from .problem import Problem
 
 # %% ../../nbs/core/28_iterative.ipynb #6bda0ed3
@@ -42,7 +42,7 @@ class IterativeProblem(Problem):
 
     def reset(self):
         super().reset()
-        self._path, self._pass, self._draws, self._rule = None, None, Draws(), None
+        self._path, self._pass, self._draws, self._rule, self._layout = None, None, Draws(), None, None
         self._step_bytes = None  # what the graph of a step takes, None before that is known
 
     def initialize(self, engine):
@@ -101,6 +101,12 @@ class IterativeProblem(Problem):
             self._rule = Rule(self.optimizer)
         return self._rule
 
+    def layout(self):
+        "The Layout of the program as this level sees it, made anew where something is elsewhere"
+        if self._layout is None or not self._layout.holds():
+            self._layout = Layout(self)
+        return self._layout
+
     def learned_options(self):
         "`optimizer_options` as a list of dictionaries"
         options = self.optimizer_options()
@@ -115,7 +121,7 @@ class IterativeProblem(Problem):
         if own_hook(self, "on_inner_loop_start"):
             with Copies(own, path.others.tensors) as copies:
                 self.on_inner_loop_start()
-            found = copies.found
+            found, path.layout = copies.found, self.layout()
         chosen = self.initial_tensors()
         with torch.no_grad():
             for i, tensor in chosen.items():
@@ -163,6 +169,8 @@ class IterativeProblem(Problem):
         if self._path.needs_room:
             held = self._holds_graph()
             self._path.make_room(self._stretch_length(held), held)
+            if held:
+                self._begin_graph(self._path.layout)  # of just now
 
     def _holds_graph(self):
         "Whether the steps of a new stretch are made with their graph"
@@ -174,12 +182,15 @@ class IterativeProblem(Problem):
         steps = self.config.unroll_steps * self.config.gradient_accumulation
         return self._step_bytes * (method.truncate or steps) <= method.graph_mb * 2**20
 
+    def _begin_graph(self, layout=None):
+        stretch = self._path.stretches[-1]
+        stretch.live = Live(self, stretch, not getattr(self.method, "first_order", False), layout)
+
     def _present_graph(self):
         "The Live of the last stretch, None where its steps are made without"
         stretch = self._path.stretches[-1]
         if stretch.held and stretch.live is None:
-            second_order = not getattr(self.method, "first_order", False)
-            stretch.live = Live(self, stretch, second_order)
+            self._begin_graph()
             if stretch.steps or self._path.passes:
                 stretch.live.catch_up(self._path)
         if stretch.held and not stretch.live.agrees():
@@ -235,13 +246,13 @@ class IterativeProblem(Problem):
 
     def _batches_are_listed(self):
         "Whether the batches come from lists, so that no random number is drawn between two steps"
-        return self.train_data_loader is None or not self.waiting and all(type(source.loader) in (list, tuple) for source in self.sources())
+        return self.train_data_loader is None or not self.waiting and all(source.listed for source in self.sources())
 
     def _step_in_row(self, row):
         seen, counters = self._path.others.seen(), (self.count, self.steps)
         before = row.random or self._draws.before()
         row.begin(seen)
-        loss = super().training_loss()
+        loss = Problem.training_loss(self)
         random = self._draws.used(before) if row.random is None else None if row.made else before
         found = row.gradient_of(loss)
         if not self.config.allow_unused:

@@ -10,22 +10,22 @@ from contextlib import nullcontext
 
 import torch
 
-from ..hypergradient.method import Restoring, derivative, pass_back, to_the_end, twice_differentiable, undisturbed
+from ..hypergradient.method import Restoring, derivative, pass_back, pass_straight_back, plain, to_the_end, twice_differentiable, undisturbed
 from ..optim import by_formula, deal, have_formula, reading
-from .path import Replay, plain_update
+from .path import Replay, plain_update, versions
 
 # %% ../../nbs/core/27_live.ipynb #9d58457f
 class Live:
     "The graph of a stretch of steps, from its beginning to the present"
 
-    def __init__(self, problem, stretch, second_order=True):
+    def __init__(self, problem, stretch, second_order=True, layout=None):
         self.problem, self.stretch, self.second_order = problem, stretch, second_order
-        self.places = Replay(problem)  # only for the places of the parameters: nothing is repeated
-        self.inputs = self.places.inputs([t for q in problem.levels() if q is not problem for t in q.trainable_parameters()])
+        self.places = Replay(problem, layout)  # only for the places of the parameters: nothing is repeated
+        self.inputs = self.places.inputs(self.places.trained_elsewhere)
         self.parameters = self.places.leaves(stretch.start.parameters)
         self.state = self.places.state_leaves(stretch.start.state)
         self.after, self.after_state, self.steps = self.parameters, self.state, 0
-        self._versions, self._claims = [p._version for p in self.places.own], problem.engine.claims
+        self._versions, self._claims = versions(self.places.own), problem.engine.claims
         self.all_trained = self.places.trained == list(range(len(self.after)))
         self.begin_update()
 
@@ -62,10 +62,10 @@ class Live:
                     if old is not None and new is not None and new is not old and new.shape == old.shape:
                         module._buffers[name] = old.copy_(new)
 
-    def gradient_of(self, loss, scale=1, one=None):
-        "The gradient of `loss` / `scale`, a list along the trained parameters; a tensor `one` of the same kind, to which nobody writes, saves making it"
+    def gradient_of(self, loss, scale=1):
+        "The gradient of `loss` / `scale`, a list along the trained parameters"
         own = self.after if self.all_trained else [self.after[i] for i in self.places.trained]
-        found = pass_back([loss], own, None if one is None else [one], create_graph=self.second_order)
+        found = pass_back([loss], own, create_graph=self.second_order)
         if not self.second_order:
             found = [None if g is None else g.detach() for g in found]
         return found if scale == 1 else [None if g is None else g / scale for g in found]
@@ -94,7 +94,7 @@ class Live:
     def copy(self):
         "Give the parameters their values"
         _copy(self.places.own, self.after)
-        self._versions = [p._version for p in self.places.own]
+        self._versions = versions(self.places.own)
 
     def copy_state(self):
         "Give the optimizer its state"
@@ -116,7 +116,7 @@ class Live:
             self.after, self.after_state = replay.run(self.stretch, self.parameters, self.state, self.inputs, graph=self.second_order)
             self.steps = len(self.stretch.steps)
             self.gradients = replay.gathered(path.passes, self.after, self.inputs, graph=self.second_order)
-        self._versions = [p._version for p in self.places.own]
+        self._versions = versions(self.places.own)
         return self
 
     def agrees(self):
@@ -129,7 +129,7 @@ class Live:
 
     def untouched(self):
         "The same by torch's count of changes"
-        return self._versions == [p._version for p in self.places.own]
+        return self._versions == versions(self.places.own)
 
 
 def _copy(old, values):
@@ -150,7 +150,7 @@ class Row(Restoring):
 
     def __init__(self, live, random=None, alone=False):
         self.live, self.problem, self.made, self.random, self.alone = live, live.problem, 0, random, alone
-        self._one = torch.ones(())
+        self._one, self._plain = torch.ones(()), live.second_order and live.all_trained and plain(tuple(live.after))
 
     def _keep(self):
         self.rule = self.problem.rule  # during a pass the level has another optimizer, to look at
@@ -188,9 +188,12 @@ class Row(Restoring):
 
     def gradient_of(self, loss):
         "The gradient of `loss`, a list along the trained parameters"
-        if self._one.dtype != loss.dtype or self._one.device != loss.device:
-            self._one = torch.ones_like(loss)
-        return self.live.gradient_of(loss, one=self._one)
+        live, one = self.live, self._one
+        if not self._plain or type(loss) is not torch.Tensor or not loss.is_floating_point():
+            return live.gradient_of(loss)
+        if one.dtype != loss.dtype or one.device != loss.device:
+            one = self._one = torch.ones_like(loss)
+        return pass_straight_back([loss], live.after, [one], True, True)
 
     def end(self, found):
         "Make the step with the gradient `found`; False, as if the pass had not been made, where its own code has chosen options without a formula"

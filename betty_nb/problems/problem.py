@@ -75,6 +75,7 @@ class Source:
                 f"generator), got {type(loader).__name__}."
             )
         self.loader, self.owner, self.epoch, self.drawn, self._iterator = loader, owner, 0, 0, None
+        self.listed = type(loader) in (list, tuple)  # batches in memory, for which no random number is drawn
         self.given, self.began = 0, None  # batches of the present pass; the random state before it, on which its order may depend
         self.slow = False  # whether that includes Python's and NumPy's generators, which take long to read
 
@@ -82,34 +83,37 @@ class Source:
 
     def begin(self):
         "Start a pass"
-        listed = type(self.loader) in (list, tuple)
-        if not listed:
+        if self.listed:
+            self._iterator, self.given = iter(self.loader), 0
+        else:
             self.began = RandomState(torch_only=self.epoch >= self.learning and not self.slow), states_of(self.loader)
-        self._iterator, self.given = iter(self.loader), 0
-        if not listed:
+            self._iterator, self.given = iter(self.loader), 0
             end_in_time(self._iterator)
 
     def next(self):
         "The pair (batch, whether a new pass through the loader began with it)"
-        fresh = False
-        while True:
-            if self._iterator is None:
-                self.begin()
-                fresh = True
-            try:
-                batch = next(self._iterator)
-                break
-            except StopIteration:
-                if fresh or self._iterator is self.loader:
-                    raise RuntimeError(
-                        f"The train_data_loader of {self.owner!r} gave no batch after {self.drawn} of them and cannot be started again: "
-                        "pass a DataLoader or a list of batches, or a generator that does not end."
-                    ) from None
-                self._iterator, self.epoch = None, self.epoch + 1
-        self.drawn, self.given = self.drawn + 1, self.given + 1
-        if fresh and self.began is not None and self.began[0].python is not None:
-            self.slow |= not self.began[0].same_outside_torch(RandomState())
-        return batch, fresh and self.epoch > 0
+        batch, again = _ENDED if self._iterator is None else next(self._iterator, _ENDED), False
+        if batch is _ENDED:
+            batch, again = self._first(), self.epoch > 0
+        self.drawn += 1
+        self.given += 1
+        return batch, again
+
+    def _first(self):
+        "The first batch of a new pass"
+        if self._iterator is not None and self._iterator is not self.loader:
+            self._iterator, self.epoch = None, self.epoch + 1
+        if self._iterator is None:
+            self.begin()
+            batch = next(self._iterator, _ENDED)
+            if batch is not _ENDED:
+                if not self.listed and self.began[0].python is not None:
+                    self.slow |= not self.began[0].same_outside_torch(RandomState())
+                return batch
+        raise RuntimeError(
+            f"The train_data_loader of {self.owner!r} gave no batch after {self.drawn} of them and cannot be started again: "
+            "pass a DataLoader or a list of batches, or a generator that does not end."
+        )
 
     def peek(self):
         "The first batch of a loader from which nothing was drawn, without drawing it; None if that is impossible"
@@ -123,6 +127,9 @@ class Source:
             for generator, before in zip(generators_of(self.loader), own):
                 generator.set_state(before)
             state.restore()
+
+
+_ENDED = object()  # what the iterator gives at the end of a pass
 
 
 def end_in_time(iterator):
