@@ -788,6 +788,61 @@ def test_a_change_by_hand_or_of_the_options_ends_the_graph():
     assert probed(at_hypergradient(engine))[1].iterations == 10
 
 
+def exchange_layer(inner, outer):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        inner.module[0] = torch.nn.Linear(4, 5).double()
+    inner.optimizer.param_groups[0]["params"] = list(inner.module.parameters())
+
+
+def exchange_parameter(inner, outer):
+    inner.module[0].weight = torch.nn.Parameter(inner.module[0].weight.detach() / 2)
+    inner.optimizer.param_groups[0]["params"] = list(inner.module.parameters())
+
+
+def exchange_above(inner, outer):
+    outer.module.value = torch.nn.Parameter(START / 2)
+    outer.optimizer = torch.optim.SGD(outer.module.parameters(), lr=0.1)
+
+
+def exchange_module_above(inner, outer):
+    outer.module = Vector(START / 2)
+    outer.optimizer = torch.optim.SGD(outer.module.parameters(), lr=0.1)
+
+
+def exchange_optimizer(inner, outer):
+    inner.optimizer = torch.optim.SGD(inner.module.parameters(), lr=0.05)
+
+
+def freeze(inner, outer):
+    inner.module[0].requires_grad_(False)
+
+
+def move_table(inner, outer):
+    inner.module[0]._parameters = dict(inner.module[0]._parameters)
+
+
+@pytest.mark.parametrize("graph_mb", [512, 0])
+@pytest.mark.parametrize(
+    "change", [exchange_layer, exchange_parameter, exchange_above, exchange_module_above, exchange_optimizer, freeze, move_table], ids=lambda f: f.__name__
+)
+def test_what_is_exchanged_between_unrolls_is_noticed(change, graph_mb):
+    def made(**own):
+        return program(config=Config(type=Unroll(graph_mb=graph_mb), unroll_steps=4), **own)
+
+    old = made()
+    old.run(8)
+    change(old.inner, old.outer)
+    new = made(net=copy.deepcopy(old.inner.module), h=old.outer().detach(), lr=old.inner.optimizer.param_groups[0]["lr"])
+    before = old.outer().detach().clone()
+    for engine in (old, new):
+        engine.run(8)
+    assert not torch.equal(old.outer(), before)
+    for a, b in zip((old.inner, old.outer), (new.inner, new.outer)):
+        for p, q in zip(a.module.parameters(), b.module.parameters()):
+            assert torch.equal(p, q)
+
+
 def test_hooks_written_for_no_grad_are_differentiated():
     class Hooked(Inner):
         def grad_callback(self):
