@@ -449,7 +449,7 @@ class Engine:
             return False
         self._agenda = self._iteration()
         self.global_step += 1
-        self._do_draw(self._agenda[0])  # nobody watches
+        self._levels[self._only_leaf].draw()  # nobody watches
         del self._agenda[0]
         return True
 

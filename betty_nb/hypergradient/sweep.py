@@ -108,11 +108,14 @@ class Sweep:
         if method.serves != getattr(problem, "kind", "implicit"):
             raise ValueError(f"Level {j!r}: {method.refusal(problem)}")
         start = time.perf_counter()
-        repeats = method.serves == "iterative"  # it evaluates nothing but the steps that it repeats, in contexts of its own
-        apart = nullcontext() if repeats else undisturbed([p.module for p in self.problems.values()], torch_only=True)
-        with apart, twice_differentiable() if method.second_order and not repeats else nullcontext():
+        if method.serves == "iterative":  # it evaluates nothing but the steps that it repeats, in contexts of its own
             local = self.linearize(j, method)
             parts, solve = method.pull_back(local, vector)
+        else:
+            modules = [p.module for p in self.problems.values()]
+            with undisturbed(modules, torch_only=True), twice_differentiable() if method.second_order else nullcontext():
+                local = self.linearize(j, method)
+                parts, solve = method.pull_back(local, vector)
         hessian = "total" if j in self.total else "direct"
         return Passage(method, solve, vector, local.hvps, time.perf_counter() - start, hessian), parts
 

@@ -481,8 +481,7 @@ def plain_update(problem):
     "Whether an update of `problem` is a step of its optimizer and nothing else"
     if problem.optimizer is None or problem.config.gradient_clipping != 0:
         return False
-    hooks = ("grad_callback", "clip_grad", "custom_optimizer_step", "param_callback", "optimizer_options")
-    return not any([getattr(problem, name).__module__ not in _OURS for name in hooks])
+    return _OURS.issuperset(map(_written_in, _hooks_of_update(problem)))
 
 
 def own_hook(problem, hook):
@@ -490,4 +489,6 @@ def own_hook(problem, hook):
     return getattr(problem, hook).__module__ not in _OURS
 
 
-_OURS = (Problem.__module__, f"{__package__}.iterative")
+_OURS = {Problem.__module__, f"{__package__}.iterative"}
+_hooks_of_update = attrgetter("grad_callback", "clip_grad", "custom_optimizer_step", "param_callback", "optimizer_options")
+_written_in = attrgetter("__module__")
