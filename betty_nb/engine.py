@@ -679,7 +679,7 @@ class Engine:
         name = self.level(level).name
         with self._lock:
             batches, env = {k: p.batch for k, p in self._levels.items()}, copy.deepcopy(self.env.state_dict()) if self.env is not None else None
-            unchanged = undisturbed([p.module for p in self.problems])
+            unchanged = undisturbed([p.module for p in self.problems], problems=self.problems)
 
             def put_back():
                 unchanged.__exit__()
@@ -757,6 +757,12 @@ class Engine:
     def is_rank_zero(self):
         "Whether this process does the logging"
         return self.processes.rank == 0
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "An Engine can't be copied or pickled: it is one with its levels, their data and what looks at them. To keep where it stands, use save(path), and load(path) "
+            "into the same program, built once more; to try something from here and come back, use a Debugger's fork() or back()."
+        )
 
     def __repr__(self):
         lines = [f"Engine, iteration {self.completed} of {self.config.train_iters}, next: {self.next_action}"]

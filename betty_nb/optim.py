@@ -60,7 +60,16 @@ def _multiply(function, x, factor):
     return x
 
 
+def _copied(function, x, memo):
+    if x.grad_fn is None:
+        return function(x, memo)
+    if id(x) not in memo:
+        memo[id(x)] = torch.nn.Parameter(x.detach().clone(), x.requires_grad)
+    return memo[id(x)]
+
+
 _RULES = {
+    "__deepcopy__": _copied,
     "detach": lambda function, x: x,
     "sqrt": lambda function, x: _sqrt(x),
     "sqrt_": lambda function, x: x.copy_(_sqrt(x.clone())),
@@ -77,24 +86,57 @@ _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
 
 
 class Differentiating(TorchFunctionMode):
-    "Inside, code written for no_grad can be differentiated; `.grad` is what `gradients` {id of tensor: its gradient} says"
+    "Inside, code written for no_grad can be differentiated; `.grad` of the `parameters` is what the list `gradients` says"
 
-    def __init__(self, gradients=None):
+    def __init__(self, parameters=(), gradients=()):
         super().__init__()
-        self.gradients = {} if gradients is None else gradients
-        self._meant, self.open = {}, False
+        self.gradients = {id(p): g for p, g in zip(parameters, gradients)}
+        self._meant, self._own, self._spared, self.open = {}, {}, {}, False
+        self.keep(parameters)
+        self.keep(gradients)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not self.open:
             return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if args and (name == "__setitem__" or name.endswith("_") and not name.endswith("__")):
+            self._spare(args[0])
+        if "out" in kwargs:
+            self._spare(kwargs["out"])
+        found = self._computed(name, function, args, kwargs)
+        if isinstance(found, torch.Tensor) and found._base is not None and args and self._foreign(args[0]):  # a view, through which somebody may write
+            self._spare(args[0])
+            found = self._computed(name, function, args, kwargs)
+        return self._spared.get(id(found), found)  # so that `average += x` keeps its name
+
+    def _computed(self, name, function, args, kwargs):
         if self._meant:
             args, kwargs = [self.meant(x) for x in args], {k: self.meant(x) for k, x in kwargs.items()}
-        name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__"):
             return self._attribute(function, args)
         result = _RULES[name](function, *args, **kwargs) if name in _RULES else function(*args, **kwargs)
-        return result if any(result is x for x in args) else self.stand_in(result)
+        if any(result is x for x in args):
+            return result
+        self.keep(result if isinstance(result, (tuple, list)) else [result])
+        return self.stand_in(result)
+
+    # What the step did not make, and was not given, belongs to somebody who doesn't expect steps to be repeated.
+
+    def keep(self, tensors):
+        "Take `tensors` for the step's own, to which it may write"
+        self._own.update({id(t): t for t in tensors if isinstance(t, torch.Tensor) and t.grad_fn is None})
+
+    def _foreign(self, x):
+        return isinstance(x, torch.Tensor) and x.grad_fn is None and id(x) not in self._own and id(x) not in self._meant
+
+    def _spare(self, written):
+        "Let copies stand in for those of the tensors to be `written` to that are not the step's own"
+        for x in written if isinstance(written, (tuple, list)) else [written]:
+            if self._foreign(x):
+                copy = x.clone()
+                self._meant[id(x)], self._spared[id(copy)] = (x, copy), x
+                self.keep([copy])
 
     # torch takes a tensor for a number (alpha=..., value=...) only where it has no graph. So numbers with a graph are represented by
     # tensors without, which share their memory, until an operation is performed.
@@ -115,9 +157,12 @@ class Differentiating(TorchFunctionMode):
             return type(x)(map(self.meant, x))
         return self._meant[id(x)][1] if id(x) in self._meant else x
 
-    def stand_ins(self, options):
-        "Options of an optimizer, their numbers with a graph replaced"
-        return [{k: self.stand_in(v) for k, v in group.items()} for group in options]
+    def twin(self, optimizer, parameters, state, options):
+        "The `twin` of `optimizer` for a step that is made inside; `options` may be numbers with a graph"
+        new = twin(optimizer, parameters, state, [{k: self.stand_in(v) for k, v in group.items()} for group in options])
+        for part in new.state.values():
+            self.keep(part.values())
+        return new
 
     def state_of(self, optimizer, parameters):
         "The state of `optimizer`, a dictionary for each of `parameters`"
@@ -132,7 +177,8 @@ class Differentiating(TorchFunctionMode):
             return args[0]
         elif function == _SET_DATA:
             if args[1] is not args[0]:
-                args[0].copy_(args[1])
+                self._spare(args[0])
+                self.meant(args[0]).copy_(args[1])
         else:
             return function(*args)
 
@@ -242,8 +288,8 @@ def differentiable_step(
     if formula is not None:
         return by_formula(formula, optimizer, parameters, gradients, state, options)
     moved = [p.clone() for p in parameters]
-    mode = Differentiating({id(p): g for p, g in zip(moved, gradients)})
-    new = twin(optimizer, moved, state, mode.stand_ins(options))
+    mode = Differentiating(moved, gradients)
+    new = mode.twin(optimizer, moved, state, options)
     with mode:
         new.step()
     return moved, mode.state_of(new, moved)

@@ -97,7 +97,7 @@ class Costs:
 
     def _measure(self, problem):
         theta, modules = list(problem.meta_trainable_parameters()), [p.module for p in self.problems.values()]
-        with undisturbed(modules, torch_only=True), twice_differentiable():
+        with undisturbed(modules, torch_only=True, problems=self.problems.values()), twice_differentiable():
             gradient = _seconds(lambda: derivative(problem.loss(), theta))
             if problem.kind == "iterative":
                 return gradient, gradient, gradient

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import Method, RandomState, Solve, free_to_read, option, register
+from .method import Method, Moment, Solve, free_to_read, option, register
 
 # %% ../../nbs/core/04_darts.ipynb #5e5f5835
 def central_difference(
@@ -22,9 +22,9 @@ def central_difference(
     # A direction of zeros is none: the clamp turns 0/0 into a displacement of zero, hence a result of zero.
     radius = length / torch.linalg.vector_norm(direction).clamp_min(torch.finfo(direction.dtype).tiny)
     step, scale = (direction, radius.item()) if free_to_read(radius) else (radius * direction, 1.0)
-    rng = RandomState(torch_only=True)
+    start = Moment([level.problem])
     plus = level.gradient_at(step, scale)
-    rng.restore()
+    start.restore()
     minus = level.gradient_at(step, -scale)
     return {name: _quotients(minus[name], plus[name], 2 * radius) for name in plus}, radius
 

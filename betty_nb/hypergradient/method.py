@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'NON_FINITE', 'METHODS', 'flatten', 'nodes_of', 'unflatten', 'RandomState', 'to_the_end', 'Restoring',
-           'with_submodules', 'TorchModes', 'undisturbed', 'displaced', 'displaced_all', 'twice_differentiable',
-           'pass_back', 'pass_straight_back', 'plain', 'derivative', 'Linearization', 'Solve', 'relative', 'ratios',
-           'noise', 'single', 'free_to_read', 'finite', 'finite_together', 'select', 'option', 'check_option', 'Method',
-           'LinearSolve', 'register', 'BettyFunction', 'method_class', 'make_method']
+           'with_submodules', 'TorchModes', 'undisturbed', 'Moment', 'put_back_attributes', 'held_by', 'fill',
+           'displaced', 'displaced_all', 'twice_differentiable', 'pass_back', 'pass_straight_back', 'plain',
+           'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read', 'finite',
+           'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register', 'BettyFunction',
+           'method_class', 'make_method']
 
 # %% ../../nbs/core/01_method.ipynb #546f2b33
 import dataclasses
@@ -216,14 +217,18 @@ def _in_dual_level():
 
 
 class undisturbed(Restoring):
-    """A context: whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were.
+    """A context: whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were, and what the user's
+    code keeps in attributes of the `problems`: counters, lists and dictionaries, and modules.
 
     Unless `torch_only`, the parameters and torch's modes too: an interrupt can come before a context inside has begun to put them back."""
 
-    def __init__(self, modules, torch_only=False):
-        self.modules, self.torch_only = with_submodules(modules), torch_only
+    def __init__(self, modules, torch_only=False, problems=()):
+        self._owners = [(q, q.own_attributes()) for q in problems if hasattr(q, "own_attributes")]
+        own = [v for _, held in self._owners for v in held.values() if isinstance(v, torch.nn.Module)]
+        self.modules, self.torch_only = with_submodules([*modules, *own]), torch_only
 
     def _keep(self):
+        self._held = [(value, held_by(value)) for _, held in self._owners for value in held.values()]
         self._kept = [(m, dict(m._buffers)) for m in self.modules if m._buffers]
         self._modes = [m.training for m in self.modules]
         self._torch = None if self.torch_only else TorchModes()
@@ -247,7 +252,57 @@ class undisturbed(Restoring):
         for m, training in zip(self.modules, self._modes):
             if m.training is not training:
                 m.training = training
+        for q, held in self._owners:
+            put_back_attributes(q, held)
+        for value, contents in self._held:
+            fill(value, contents)
         self._rng.restore()
+
+
+class Moment:
+    "Where a pass begins, for another one to begin there, too: torch's random numbers, and what the code of the `problems` keeps in attributes"
+
+    def __init__(self, problems):
+        self.rng = RandomState(torch_only=True)
+        self._owners = [(q, q.own_attributes()) for q in problems if hasattr(q, "own_attributes")]
+
+    def restore(self):
+        self.rng.restore()
+        for q, held in self._owners:
+            put_back_attributes(q, held)
+
+
+def put_back_attributes(problem, held):
+    "Give `problem` the `own_attributes` {name: value} again that it had"
+    now = problem.own_attributes()
+    for name in now.keys() - held.keys():
+        del vars(problem)[name]
+    vars(problem).update({name: value for name, value in held.items() if now.get(name) is not value})
+
+
+_FEW = 100  # entries that are looked at one by one
+
+
+def held_by(value):
+    "What a list or dictionary holds, for `fill`; None for anything else"
+    if isinstance(value, list):
+        return value[:] if len(value) <= _FEW else len(value)  # of a longer one, which somebody collects, what comes later is taken away
+    if isinstance(value, dict) and len(value) <= _FEW:
+        return [(k, v, held_by(v)) for k, v in value.items()]
+    return None
+
+
+def fill(value, contents):
+    "Let the list or dictionary `value` hold what `held_by` found in it"
+    if isinstance(contents, int):
+        del value[contents:]
+    elif isinstance(value, list):
+        value[:] = contents
+    elif contents is not None:
+        value.clear()
+        value.update((k, v) for k, v, _ in contents)
+        for _, v, inner in contents:
+            fill(v, inner)
 
 
 class displaced(Restoring):
@@ -746,7 +801,7 @@ class BettyFunction(Method):
     def pull_back(self, level, vector):
         parts, bad = {}, False
         for name, tensors in level.wrt.items():
-            with undisturbed(level.modules, torch_only=True):  # every call sees the same dropout mask
+            with undisturbed(level.modules, torch_only=True, problems=[level.problem]):  # every call sees the same dropout mask
                 result = self.call(unflatten(vector, level.theta), level.problem, getattr(level.problem, name))
             parts[name] = self._checked(result, tensors, name)
             bad = sum((~torch.isfinite(t).all() for t in parts[name] if t is not None), start=bad)

@@ -40,7 +40,7 @@ class Penalty(Method):
             return resolve(level, self.iterations, rate=self.rate, tilt=sign * tilt - rest, start=sign * start)
 
         def slope(step):
-            with undisturbed(level.modules, torch_only=True):
+            with undisturbed(level.modules, torch_only=True, problems=[level.problem]):
                 return level.gradient_at(finite(step))
 
         up = copy(+1)

@@ -34,7 +34,7 @@ def gradient(level, step=None, moved=None):
     """The gradient (n,) of the level's loss in its own parameters, at their displacement by `step` and that of others by `moved`.
 
     Every call sees the same dropout mask and buffers, and leaves none of them changed."""
-    with undisturbed(level.modules, torch_only=True):
+    with undisturbed(level.modules, torch_only=True, problems=[level.problem]):
         return level.own_gradient(step, moved)
 
 
@@ -70,7 +70,7 @@ class _Objective:
 
     def _there(self, step):
         "The contexts of theta + step and x + moved"
-        return undisturbed(self.level.modules, torch_only=True), self.level.displaced(step, self.moved)
+        return undisturbed(self.level.modules, torch_only=True, problems=[self.level.problem]), self.level.displaced(step, self.moved)
 
 # %% ../../nbs/core/16_resolve.ipynb #80aaf6f2
 SOLVERS = ("descent", "lbfgs", "newton")

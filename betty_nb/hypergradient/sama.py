@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .darts import central_difference
-from .method import Method, RandomState, Solve, flatten, option, register, unflatten
+from .method import Method, Moment, Solve, flatten, option, register, unflatten
 
 # %% ../../nbs/core/13_sama.ipynb #bf5ea332
 def _adam(group, state, g):
@@ -164,9 +164,9 @@ class Sama(Method):
                 return None, {}
             scale = flatten(update_derivative(optimizer, level.theta, level.theta))
             return scale / scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny), {}
-        rng = RandomState(torch_only=True)
+        start = Moment([level.problem])
         gradients = unflatten(level.own_gradient(), level.theta)
-        rng.restore()  # one dropout mask for this pass and the two that follow
+        start.restore()  # one dropout mask for this pass and the two that follow
         scale = flatten(update_derivative(optimizer, level.theta, gradients))
         fresh = not any(len(optimizer.state.get(p, {})) and optimizer.state[p]["step"] > 0 for p in level.theta)
         advice = "The optimizer has not made a step yet; its first is only a sign, so its second moment was held fixed: let the level train before."

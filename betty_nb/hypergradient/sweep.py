@@ -113,7 +113,7 @@ class Sweep:
             parts, solve = method.pull_back(local, vector)
         else:
             modules = [p.module for p in self.problems.values()]
-            with undisturbed(modules, torch_only=True), twice_differentiable() if method.second_order else nullcontext():
+            with undisturbed(modules, torch_only=True, problems=self.problems.values()), twice_differentiable() if method.second_order else nullcontext():
                 local = self.linearize(j, method)
                 parts, solve = method.pull_back(local, vector)
         hessian = "total" if j in self.total else "direct"

@@ -8,7 +8,7 @@ __all__ = ['TotalLinearization', 'difference', 'step_length']
 # %% ../../nbs/core/06_total.ipynb #ef43a4bc
 import torch
 
-from .method import Linearization, LinearSolve, RandomState, displaced_all, flatten
+from .method import Linearization, LinearSolve, Moment, displaced_all, flatten
 
 # %% ../../nbs/core/06_total.ipynb #bfa2cec5
 class TotalLinearization(Linearization):
@@ -23,7 +23,7 @@ class TotalLinearization(Linearization):
     ):
         problem = sweep.problems[level]
         super().__init__(problem.loss, sweep.theta[level], wrt, level, problem, start, [p.module for p in sweep.problems.values()])
-        self.sweep, self.level, self.rng = sweep, level, RandomState(torch_only=True)
+        self.sweep, self.level, self.start_of_pass = sweep, level, Moment(sweep.problems.values())
         self.inner = type(sweep)(sweep.graph, sweep.problems, level, (level, *wrt), sweep.methods, sweep.hessian)
         self.inner.theta.update({level: self.theta, **wrt})
         self.below = sweep.graph.answering(level, self.inner.total)
@@ -66,7 +66,7 @@ class TotalLinearization(Linearization):
         "The total gradient of the level's loss, as {target: list of tensors}, with levels moved by `steps`, {name: (n,)}, and those below along"
         moves = {**self._tangents(steps), **steps}
         with displaced_all((self._parameters(name), step) for name, step in moves.items()):
-            self.rng.restore()
+            self.start_of_pass.restore()
             direct, indirect = self.inner.run()
         return {t: [a + b for a, b in zip(direct[t], indirect[t])] for t in direct}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..hypergradient.method import RandomState, flatten, nodes_of, twice_differentiable, unflatten
+from ..hypergradient.method import RandomState, flatten, nodes_of, put_back_attributes, twice_differentiable, unflatten
 from ..optim import observed
 from .problem import Problem
 
@@ -173,7 +173,7 @@ class Program:
                 raise
 
     def _compile(self, args):
-        start, before, options = time.perf_counter(), RandomState(), _options(args[0])
+        start, before, options, sizes = time.perf_counter(), RandomState(), _options(args[0]), _sizes(args[0])
         try:
             with self._config.patch(
                 trace_autograd_ops=True, skip_nnmodule_hook_guards=False, allow_unspec_int_on_nn_module=True, recompile_limit=self.most
@@ -195,7 +195,29 @@ class Program:
         if _changed_by_trace(options):  # this step was made with those from before
             self.open, self.variants = False, 0
             self.say("training_step changes options of an optimizer, which a scheduler or param_callback can do")
+        if name := _grown(args[0], sizes):
+            self.open, self.variants = False, 0
+            self.say(_COLLECTS.format(name))
         return result
+
+
+def _sizes(problem):
+    "{name: how much it holds} of the lists and dictionaries among the attributes of the level's code"
+    def size(value):
+        return len(value), sum(len(v) for v in value.values() if isinstance(v, list)) if isinstance(value, dict) else 0
+
+    return {k: size(v) for k, v in problem.own_attributes().items() if isinstance(v, (list, dict))}
+
+
+def _grown(problem, before):
+    "The name of one that holds more than `before`, an empty string where none does"
+    return next((k for k, n in _sizes(problem).items() if n > before.get(k, (0, 0))), "")
+
+
+_COLLECTS = (
+    "training_step puts something into self.{} each time, and code that knows what is in there would be compiled anew for each step: return it in the "
+    "dictionary with the loss, or collect it in param_callback"
+)
 
 
 def _options(problem):
@@ -466,6 +488,7 @@ class Compiled:
         self.problem, self.programs, self.accounts, self.said = problem, {}, {}, set()
         self.steps, self.spent = 0, 0.0  # steps in compiled code, and their seconds, since the step was compiled last
         self._updates, self._traced = Updates(), None
+        self._collects = ""  # the attribute in which training_step collects something
         cls = type(problem)
         self._changed = [name for name in OWN if getattr(cls, name) is not getattr(Problem, name)]
         self._own_update = any(getattr(cls, name) is not getattr(Problem, name) for name in AFTER)
@@ -493,6 +516,8 @@ class Compiled:
             return f"it overrides {self._changed[0]}()"
         if problem.config.precision == "fp16":
             return "the loss scale of precision='fp16' changes on the way; precision='bf16' can be compiled"
+        if self._collects:
+            return _COLLECTS.format(self._collects)
         return "it runs in several processes" if problem.processes.count > 1 else ""
 
     def say(self, why, what="goes on without compiled code, in spite of compile={!r}"):
@@ -503,13 +528,13 @@ class Compiled:
 
     def serves(self):
         "Whether the level can be compiled at present; if not, it is said why"
-        if why := self.refusal():
-            self.say(why)
-            return False
         step = self.problem.training_step
         traced = getattr(step, "__func__", step)
         if traced is not self._traced:  # at first, and when somebody replaces it on the live program
-            self.programs, self.accounts, self._traced = {}, {}, traced
+            self.programs, self.accounts, self._traced, self._collects = {}, {}, traced, ""
+        if why := self.refusal():
+            self.say(why)
+            return False
         return True
 
     def program(self, name, function, steps=1):
@@ -647,7 +672,9 @@ class Compiled:
 
     def _usual(self, account, check):
         "The gradient as the engine takes it"
+        sizes = _sizes(self.problem)
         loss = self.problem.training_loss()
+        self._collects = _grown(self.problem, sizes)
         account.size = account.size or operations([loss])
         check()
         self.problem.gradient(loss)
@@ -717,8 +744,8 @@ class Products:
         account.size = account.size or operations([loss])
         return self.level.mean_derivative(loss, inputs)
 
-    # A product is evaluated from the loss on. All those of one point have to see the same random numbers and buffers, and to leave them behind, as if
-    # the loss was evaluated once.
+    # A product is evaluated from the loss on. All those of one point have to see the same random numbers, buffers and counters, and to leave them
+    # behind, as if the loss was evaluated once.
 
     def _second(self, name, function, *args):
         compiled = self.compiled
@@ -726,7 +753,7 @@ class Products:
         if self.random is None:
             self.random = RandomState(torch_only=True)
             self.buffers = [b for module in self.level.modules for b in module.buffers()]
-            self.values = [b.clone() for b in self.buffers]
+            self.values, self.attributes = [b.clone() for b in self.buffers], problem.own_attributes()
         else:
             now = RandomState(torch_only=True) if self.draws else None
             self._restore()
@@ -748,6 +775,7 @@ class Products:
         if self.buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self.buffers, self.values)
+        put_back_attributes(self.compiled.problem, self.attributes)
 
 
 def _hooked(parameter):

@@ -16,7 +16,7 @@ from ..hypergradient.method import with_submodules
 from ..hypergradient.unroll import Unroll
 from ..optim import Rule, options_of, parameters_of, refusal
 from .live import Live, Row, bytes_of_step, can_live
-from .path import Copies, Draws, Kept, Layout, Pass, Path, Replay, Start, Step, Stretch, own_hook, plain_update
+from .path import Copies, Draws, Kept, Layout, Pass, Path, Replay, Start, Step, Stretch, numbers_of, own_hook, plain_update
 from .problem import Problem
 
 # %% ../../nbs/core/28_iterative.ipynb #6bda0ed3
@@ -43,6 +43,7 @@ class IterativeProblem(Problem):
     def reset(self):
         super().reset()
         self._path, self._pass, self._draws, self._rule, self._layout = None, None, Draws(), None, None
+        self._own_step, self._options = False, []
         self._step_bytes = None  # what the graph of a step takes, None before that is known
 
     def initialize(self, engine):
@@ -156,11 +157,16 @@ class IterativeProblem(Problem):
 
     def training_loss(self):
         self._make_room()
-        seen, counters, live = self._path.others.seen(), (self.count, self.steps), self._present_graph()
+        seen, counters, live = self._path.others.seen(), self._counters(), self._present_graph()
         before = self._draws.before()
         loss = super().training_loss() if live is None else live.loss(super().training_loss, seen)
         self._pass = (self.batch, seen, counters, self._draws.used(before), self.config.gradient_accumulation, self.loss_scale)
         return loss
+
+    def _counters(self):
+        "What counts steps: the level's own, and the numbers among the attributes of its code"
+        numbers = numbers_of(self)
+        return (self.count, self.steps, numbers) if numbers else (self.count, self.steps)
 
     def _make_room(self):
         if self._path is None:  # a step by hand before the first unroll
@@ -249,7 +255,7 @@ class IterativeProblem(Problem):
         return self.train_data_loader is None or not self.waiting and all(source.listed for source in self.sources())
 
     def _step_in_row(self, row):
-        seen, counters = self._path.others.seen(), (self.count, self.steps)
+        seen, counters = self._path.others.seen(), self._counters()
         before = row.random or self._draws.before()
         row.begin(seen)
         loss = Problem.training_loss(self)
@@ -353,6 +359,7 @@ class IterativeProblem(Problem):
         self.recall(state["path"])
 
 
+IterativeProblem._ours = frozenset(vars(IterativeProblem("level")))
 HigherIterativeProblem = IterativeProblem
 _IN_A_ROW = (  # what is left out, or called in the middle of it, when steps are made in a row
     "training_loss", "gradient", "update", "zero_grad", "_descend", "use_gradient", "run_param_callback", "step_scheduler",

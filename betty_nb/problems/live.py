@@ -238,7 +238,7 @@ def bytes_of_step(problem):
         return tensor
 
     modules = [q.module for q in problem.levels()]
-    with undisturbed(modules), twice_differentiable(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with undisturbed(modules, problems=problem.levels()), twice_differentiable(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         gradient = derivative(problem.loss(), parameters, create_graph=True)
     activations = sum(size for place, size in held.items() if place not in known)
     return activations + 3 * sum(g.numel() * g.element_size() for g in gradient if g is not None)  # the parameters and what an Adam keeps of them

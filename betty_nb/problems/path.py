@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pass', 'Step', 'Start', 'Stretch', 'Layout', 'Others', 'versions', 'Draws', 'Copies', 'Path', 'Kept', 'Inputs',
-           'Replay', 'plain_update', 'own_hook']
+           'Replay', 'plain_update', 'numbers_of', 'own_hook']
 
 # %% ../../nbs/core/25_path.ipynb #7181260a
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from ..hypergradient.method import RandomState, derivative, to_the_end, undisturbed
-from ..optim import Differentiating, by_formula, discard_closed, formula_of, reading, state_of, twin
+from ..optim import Differentiating, by_formula, discard_closed, formula_of, reading, state_of
 from .problem import Problem
 
 # %% ../../nbs/core/25_path.ipynb #2b57b883
@@ -25,7 +25,7 @@ class Pass(NamedTuple):
 
     batch: object
     seen: tuple  # the parameters of the other levels, along Others.tensors
-    counters: tuple  # the level's count and steps
+    counters: tuple  # the level's count and steps, and {name: number} of the attributes of its code, if it has some
     random: object  # the RandomState before it, None where it drew no random number, or where nothing else did since the pass before
     scale: int  # the gradient is divided by this
     loss_scale: float  # see `derivative`
@@ -327,7 +327,7 @@ class Replay:
         hooks = ("grad_callback", "clip_grad", "custom_optimizer_step")
         self._own_hooks = any(getattr(type(problem), name) is not getattr(Problem, name) for name in hooks)
         self._plain = plain_update(problem)
-        self._mode, self._undisturbed = Differentiating(), undisturbed([q.module for q in problem.levels()])
+        self._mode, self._undisturbed = Differentiating(), undisturbed([q.module for q in problem.levels()], problems=problem.levels())
         self._before = {name: getattr(problem, name) for name in ("optimizer", "batch", "count", "steps")}
         self._undisturbed.__enter__()
 
@@ -433,7 +433,10 @@ class Replay:
         problem, parameters = self.problem, [own[i] for i in self.trained]
         if self.optimizer is not None:
             problem.optimizer = reading(self.optimizer, own)  # what trainable_parameters() reads
-        problem.batch, (problem.count, problem.steps) = one.batch, one.counters
+        problem.batch, (problem.count, problem.steps, *own) = one.batch, one.counters
+        for name in numbers_of(problem):
+            del vars(problem)[name]
+        vars(problem).update(*own)
         self.clone_buffers()
         if one.random is not None:
             one.random.restore()
@@ -455,9 +458,10 @@ class Replay:
         moved = [p.clone() for p in parameters]
         if self._own_hooks or problem.config.gradient_clipping > 0:  # they may write to the gradients, which the graph may still need
             gradients = [None if g is None else g.clone() for g in gradients]
-        mode = self._mode = Differentiating({id(m): g for m, g in zip(moved, gradients)})
+        mode = self._mode = Differentiating(moved, gradients)
         if self.optimizer is not None:
-            problem.optimizer = twin(self.optimizer, moved, state, mode.stand_ins(self._options(step)))
+            problem.optimizer = mode.twin(self.optimizer, moved, state, self._options(step))
+        mode.keep(b for m in self.buffered for b in m._buffers.values())
         self.put(moved, others)
         if step.random is not None:
             step.random.restore()
@@ -482,6 +486,11 @@ def plain_update(problem):
     if problem.optimizer is None or problem.config.gradient_clipping != 0:
         return False
     return _OURS.issuperset(map(_written_in, _hooks_of_update(problem)))
+
+
+def numbers_of(problem):
+    "{name: value} of the numbers that the code of the level keeps in attributes"
+    return {k: v for k, v in problem.own_attributes().items() if type(v) in (int, float, bool)}
 
 
 def own_hook(problem, hook):

@@ -194,7 +194,7 @@ class Problem:
         self.engine, self.env, self.device, self.processes = None, None, torch.device("cpu"), ALONE
         self.children, self.parents, self.paths = [], [], []  # levels below and above along l2u; paths of the hypergradient
         self.leaf = False
-        self._siblings, self._scaler, self._callback_takes_parameters = {}, None, False
+        self._siblings, self._scaler, self._takes_batch, self._callback_takes_parameters = {}, None, True, False
         self._compiled = None
         self.reset()
 
@@ -288,6 +288,13 @@ class Problem:
         "The pairs (name, parameter) of `trainable_parameters`"
         names = {id(p): n for n, p in self.module.named_parameters()} if self.module is not None else {}
         return [(names.get(id(p), f"parameter {i}"), p) for i, p in enumerate(self.trainable_parameters())]
+
+    def own_attributes(self):
+        "{name: value} of the attributes that are not this library's: what the code of the level keeps for itself"
+        attributes, levels = vars(self), self._siblings.keys()
+        if len(attributes) == len(self._ours) + len(levels):
+            return {}
+        return {k: attributes[k] for k in attributes.keys() - self._ours - levels}
 
     # Building, called by the engine
 
@@ -436,11 +443,16 @@ class Problem:
 
     def evaluate(self, batch):
         "The pair (loss on `batch`, a scalar tensor with its graph; the other entries of its dictionary), computed in the level's precision"
-        if self.autocast is None:
-            result = self.training_step(batch) if self._takes_batch else self.training_step()
-        else:
-            with torch.autocast(self.device.type, self.autocast):
+        try:
+            if self.autocast is None:
                 result = self.training_step(batch) if self._takes_batch else self.training_step()
+            else:
+                with torch.autocast(self.device.type, self.autocast):
+                    result = self.training_step(batch) if self._takes_batch else self.training_step()
+        except RuntimeError as error:
+            if self.kind == "iterative" and "deepcopy protocol" in str(error):
+                raise RuntimeError(_DEEPCOPY.format(name=self.name)) from error
+            raise
         return self._split(result)
 
     def loss(self):
@@ -465,7 +477,7 @@ class Problem:
         if result.numel() != 1:
             raise ValueError(f"The loss of {self.name!r} must be one number, got a tensor of shape {tuple(result.shape)}: reduce it, for example with .mean().")
         if not result.requires_grad:
-            raise ValueError(f"The loss of {self.name!r} depends on no parameter: check its training_step for .detach(), .item() or no_grad().")
+            raise ValueError(f"The loss of {self.name!r} depends on no parameter: check its training_step for .detach(), .item(), state_dict() or no_grad().")
         return result.reshape(()) if result.dim() else result, metrics
 
     def gradient(self, loss):
@@ -684,6 +696,12 @@ class Problem:
         return f"{type(self).__name__}({self.name!r}, {shown}, method={self.method}{compiled})"
 
 
+_DEEPCOPY = (
+    "The training_step of {name!r} calls copy.deepcopy on a module whose parameters have a graph, since a hypergradient passes through the steps of an IterativeProblem, "
+    "and torch refuses that: make the copy once, before training, and bring it up to date with load_state_dict; or copy in param_callback."
+)
+
+
 def _is_compiled(module):
     "Whether `module` was given to torch.compile, or its `compile` was called"
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
@@ -707,6 +725,9 @@ class Unscaled:
     def step(self):
         self.problem.use_gradient()
         self.done = True
+
+
+Problem._ours = frozenset(vars(Problem("level")))
 
 
 class ImplicitProblem(Problem):

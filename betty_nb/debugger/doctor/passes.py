@@ -66,7 +66,7 @@ def _errors(local, vector, method, name, radii):
 
     for r in radii:
         rng.restore()
-        with undisturbed(local.modules, torch_only=True):
+        with undisturbed(local.modules, torch_only=True, problems=[local.problem]):
             parts, solve = dataclasses.replace(method, **{name: r}).pull_back(local, vector)
         found.append(flat(parts))
     dtype = str(vector.dtype).removeprefix("torch.")
@@ -116,7 +116,7 @@ def _seeded(graph, problems, level, methods, seeds):
     "The indirect hypergradient (n,) after each seed"
     found = []
     for seed in seeds:
-        with undisturbed([p.module for p in problems.values()]):
+        with undisturbed([p.module for p in problems.values()], problems=problems.values()):
             torch.manual_seed(seed)
             found.append(flatten(Sweep(graph, problems, level, (level,), methods).run()[1][level]))
     return found
@@ -193,7 +193,7 @@ def _products(local, vector, directions=3):
 
     def gradient(x, move):
         rng.restore()
-        with undisturbed(local.modules, torch_only=True):
+        with undisturbed(local.modules, torch_only=True, problems=[local.problem]):
             own = local.own_gradient(move) if x is None else local.own_gradient(None, {x: move})
         return own.double() @ vector.double()
 
@@ -201,7 +201,7 @@ def _products(local, vector, directions=3):
         return torch.stack([torch.stack([(gradient(x, scale * m) - gradient(x, -scale * m)) / (2 * scale) for m in of_x]) for x, of_x in moves.items()])
 
     rng.restore()
-    with undisturbed(local.modules, torch_only=True), twice_differentiable():
+    with undisturbed(local.modules, torch_only=True, problems=[local.problem]), twice_differentiable():
         products = {None: local.hvp(vector), **{x: flatten(tensors, local.wrt[x]) for x, tensors in local.mixed(vector).items()}}
     products = torch.stack([torch.stack([m.double() @ products[x].double() for m in of_x]) for x, of_x in moves.items()])
     radius = torch.finfo(vector.dtype).eps ** (1 / 3)
