@@ -32,7 +32,7 @@ class Outer(ImplicitProblem):
         return F.cross_entropy(self.inner(batch[0]), batch[1])
 
 
-def program(own, method, rate=0.1, **config):
+def program(own, method, rate=0.1, roll_back=False, **config):
     "`own`: a class that is mixed into the lower level"
     method = make_method(method)
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def program(own, method, rate=0.1, **config):
         "inner", Config(type=method, unroll_steps=3, **config), net, torch.optim.Adam(net.parameters(), lr=0.05), train_data_loader=data
     )
     outer = Outer("outer", None, top, torch.optim.SGD(top.parameters(), lr=rate), train_data_loader=data)
-    return Engine([outer, inner], EngineConfig(train_iters=1000, strategy="cpu"), BOTH)
+    return Engine([outer, inner], EngineConfig(train_iters=1000, strategy="cpu", roll_back=roll_back), BOTH)
 
 
 def values(engine):
@@ -89,6 +89,81 @@ def test_a_counter_and_what_is_collected(method):
         debugger.diagnose(seconds=2)
     if make_method(method) == Unroll() or make_method(method) == Unroll(graph_mb=0):
         assert result.error < 1e-5
+
+
+class Remembering(Counting):
+    "Its loss depends on a teacher, on noise from a generator of its own, and on a running mean; a large tensor is written to as well"
+
+    def training_step(self, batch):
+        if not hasattr(self, "teacher"):
+            self.teacher = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+            self.mean, self.noise, self.large, self.data = torch.zeros(6), torch.Generator().manual_seed(3), torch.zeros(17_000_000), torch.zeros(17_000_000)
+        self.mean += 0.1 * batch[0].mean(0)
+        self.large[0] += 1
+        away = (self.module(batch[0]) - self.teacher(batch[0] - self.mean).detach()).square().mean()
+        return super().training_step(batch) + away * torch.rand((), generator=self.noise)
+
+    def param_callback(self):
+        for a, p in zip(self.teacher.parameters(), self.module.parameters()):
+            a.data.mul_(0.9).add_(p.data, alpha=0.1)
+
+
+def kept(engine):
+    inner = engine.inner
+    found = [*values(engine), *inner.mean, *inner.noise.get_state(), *(v for p in inner.teacher.parameters() for v in p.detach().reshape(-1))]
+    return torch.stack([v.double() for v in found]), inner.calls, list(inner.losses), dict(inner.by_name)
+
+
+@pytest.mark.parametrize("method", ["cg", "darts", "unroll"])
+def test_going_back_takes_it_back(method):
+    engine = program(Remembering, method)
+    engine.run(4)
+    debugger = Debugger(engine)
+    moments = {}
+    for _ in range(12):
+        moments[debugger.timeline.index] = kept(engine)
+        debugger.step()
+        debugger.timeline.take()
+    end, large = kept(engine), engine.inner.large[0].item()
+    for moment in (list(moments)[2], list(moments)[9], list(moments)[5]):
+        debugger.timeline.goto(moment)
+        for a, b in zip(kept(engine), moments[moment]):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    debugger.timeline.goto(debugger.timeline.end)
+    assert torch.equal(kept(engine)[0], end[0]) and kept(engine)[1:] == end[1:]
+    assert engine.inner.large[0].item() == large  # seen to change, so that it is copied
+    assert debugger.timeline.nbytes < 300e6  # what never changes, data for example, is not
+
+
+def test_a_number_changed_by_hand_belongs_to_its_moment():
+    class Weighted:
+        factor = 1.0
+
+        def training_step(self, batch):
+            return super().training_step(batch) * self.factor
+
+    engine = program(Weighted, "darts")
+    engine.inner.factor = 0.5
+    debugger = Debugger(engine)
+    debugger.run(3).wait(30)
+    before, moment = values(engine), debugger.timeline.index
+    engine.inner.factor = 2.0
+    debugger.run(3).wait(30)
+    after = values(engine)
+    debugger.timeline.goto(moment - 1)
+    assert engine.inner.factor == 0.5
+    debugger.timeline.goto(moment)
+    assert torch.equal(values(engine), before) and engine.inner.factor == 2.0
+    debugger.timeline.goto(debugger.timeline.end)
+    assert torch.equal(values(engine), after)
+
+
+@pytest.mark.parametrize("method", ["darts", "cg", "unroll"])
+def test_a_counter_of_steps_that_are_rolled_back(method):
+    mine, plain = program(Counting, method, roll_back=True), program(Counted, method, roll_back=True)
+    for engine in (mine, plain):
+        engine.run(9)
+    assert torch.equal(values(mine), values(plain)) and mine.inner.calls == 9
 
 
 @pytest.mark.parametrize("hessian", ["direct", "total"])
@@ -217,7 +292,9 @@ def test_a_copy_of_the_module_in_a_training_step():
 
     engine = program(Fixed, "unroll")
     engine.run(6)
+    before = [p.detach().clone() for p in engine.inner.teacher.parameters()]
     assert Debugger(engine).hypergradient("outer").error < 1e-5
+    assert all(map(torch.equal, engine.inner.teacher.parameters(), before)), "looking leaves a teacher alone that training_step writes to"
 
 
 def test_compiled_products_count_once():

@@ -96,7 +96,7 @@ class Fork:
         timeline.settle()
         timeline.goto(timeline.index)  # a step that failed half-way is undone
         self.index, step, found, note = timeline.index, engine.completed, [], ""
-        start, present = Snapshot(engine, timeline.index), timeline._present()
+        start, present = Snapshot(engine, timeline.index, timeline.changing), timeline._present()
         with timeline.apart():
             try:
                 for label, methods in zip(self.labels, self.branches):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'NON_FINITE', 'METHODS', 'flatten', 'nodes_of', 'unflatten', 'RandomState', 'to_the_end', 'Restoring',
-           'with_submodules', 'TorchModes', 'undisturbed', 'Moment', 'put_back_attributes', 'held_by', 'fill',
+           'with_submodules', 'TorchModes', 'undisturbed', 'Moment', 'writable', 'small_copy', 'Attributes',
            'displaced', 'displaced_all', 'twice_differentiable', 'pass_back', 'pass_straight_back', 'plain',
            'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read', 'finite',
            'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register', 'BettyFunction',
@@ -220,15 +220,16 @@ class undisturbed(Restoring):
     """A context: whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were, and what the user's
     code keeps in attributes of the `problems`: counters, lists and dictionaries, and modules.
 
-    Unless `torch_only`, the parameters and torch's modes too: an interrupt can come before a context inside has begun to put them back."""
+    Unless `torch_only`, the parameters and torch's modes too: an interrupt can come before a context inside has begun to put them back. With `copy`, see
+    Attributes, the tensors in the attributes, too."""
 
-    def __init__(self, modules, torch_only=False, problems=()):
-        self._owners = [(q, q.own_attributes()) for q in problems if hasattr(q, "own_attributes")]
-        own = [v for _, held in self._owners for v in held.values() if isinstance(v, torch.nn.Module)]
+    def __init__(self, modules, torch_only=False, problems=(), copy=None):
+        self._problems, self._copy = [q for q in problems if hasattr(q, "own_attributes")], copy
+        own = [v for q in self._problems for v in q.own_attributes().values() if isinstance(v, torch.nn.Module)]
         self.modules, self.torch_only = with_submodules([*modules, *own]), torch_only
 
     def _keep(self):
-        self._held = [(value, held_by(value)) for _, held in self._owners for value in held.values()]
+        self._attributes = [Attributes(q, self._copy) for q in self._problems]
         self._kept = [(m, dict(m._buffers)) for m in self.modules if m._buffers]
         self._modes = [m.training for m in self.modules]
         self._torch = None if self.torch_only else TorchModes()
@@ -252,10 +253,8 @@ class undisturbed(Restoring):
         for m, training in zip(self.modules, self._modes):
             if m.training is not training:
                 m.training = training
-        for q, held in self._owners:
-            put_back_attributes(q, held)
-        for value, contents in self._held:
-            fill(value, contents)
+        for attributes in self._attributes:
+            attributes.put_back()
         self._rng.restore()
 
 
@@ -264,45 +263,87 @@ class Moment:
 
     def __init__(self, problems):
         self.rng = RandomState(torch_only=True)
-        self._owners = [(q, q.own_attributes()) for q in problems if hasattr(q, "own_attributes")]
+        self._attributes = [Attributes(q) for q in problems if hasattr(q, "own_attributes")]
 
     def restore(self):
         self.rng.restore()
-        for q, held in self._owners:
-            put_back_attributes(q, held)
+        for attributes in self._attributes:
+            attributes.put_back()
 
 
-def put_back_attributes(problem, held):
-    "Give `problem` the `own_attributes` {name: value} again that it had"
-    now = problem.own_attributes()
-    for name in now.keys() - held.keys():
-        del vars(problem)[name]
-    vars(problem).update({name: value for name, value in held.items() if now.get(name) is not value})
+def writable(tensor):
+    "Whether somebody may write to `tensor`"
+    return tensor.layout is torch.strided and tensor.grad_fn is None and not tensor.is_meta and not tensor.is_inference()
 
 
-_FEW = 100  # entries that are looked at one by one
+def small_copy(tensor, large=2**26):
+    "A copy of `tensor`; None where it takes more than so many bytes, since it may be data, or nobody can write to it"
+    return tensor.detach().clone() if writable(tensor) and tensor.numel() * tensor.element_size() <= large else None
 
 
-def held_by(value):
-    "What a list or dictionary holds, for `fill`; None for anything else"
-    if isinstance(value, list):
-        return value[:] if len(value) <= _FEW else len(value)  # of a longer one, which somebody collects, what comes later is taken away
-    if isinstance(value, dict) and len(value) <= _FEW:
-        return [(k, v, held_by(v)) for k, v in value.items()]
-    return None
+class Attributes:
+    "What the code of a level keeps in attributes, at a moment: their values, and what lists and dictionaries hold"
 
+    few = 100  # entries that are looked at one by one
 
-def fill(value, contents):
-    "Let the list or dictionary `value` hold what `held_by` found in it"
-    if isinstance(contents, int):
-        del value[contents:]
-    elif isinstance(value, list):
-        value[:] = contents
-    elif contents is not None:
-        value.clear()
-        value.update((k, v) for k, v, _ in contents)
-        for _, v, inner in contents:
-            fill(v, inner)
+    def __init__(
+        self,
+        problem,
+        copy=None,  # function tensor -> its copy, or None where it has to do without: tensors, also those of modules, are put back, too
+    ):
+        self.problem, self.held, self.copies, self._copy = problem, problem.own_attributes(), [], copy
+        self.contents = [(value, self._contents(value)) for value in self.held.values()]
+
+    def _contents(self, value):
+        if isinstance(value, list):
+            if len(value) > self.few:
+                return len(value)  # somebody collects: what comes later is taken away
+            return [(v, self._contents(v) if self._copy else None) for v in value]
+        if isinstance(value, dict) and len(value) <= self.few:
+            return [(k, v, self._contents(v)) for k, v in value.items()]
+        if self._copy is None:
+            return None
+        if isinstance(value, torch.nn.Module):
+            return [(t, self._kept(self._copy(t))) for t in (*value.parameters(), *value.buffers())]
+        if isinstance(value, torch.Generator):
+            return self._kept(value.get_state())
+        return self._kept(self._copy(value)) if isinstance(value, torch.Tensor) else None
+
+    def _kept(self, copy):
+        if copy is not None:
+            self.copies.append(copy)
+        return copy
+
+    def put_back(self):
+        now = self.problem.own_attributes()
+        for name in now.keys() - self.held.keys():
+            del vars(self.problem)[name]
+        vars(self.problem).update({name: value for name, value in self.held.items() if now.get(name) is not value})
+        for value, contents in self.contents:
+            self._fill(value, contents)
+
+    def _fill(self, value, contents):
+        if contents is None:
+            return
+        if isinstance(contents, int):
+            del value[contents:]
+        elif isinstance(value, list):
+            value[:] = [v for v, _ in contents]
+            for v, inner in contents:
+                self._fill(v, inner)
+        elif isinstance(value, dict):
+            value.clear()
+            value.update((k, v) for k, v, _ in contents)
+            for _, v, inner in contents:
+                self._fill(v, inner)
+        elif isinstance(value, torch.nn.Module):
+            for tensor, kept in contents:
+                self._fill(tensor, kept)
+        elif isinstance(value, torch.Generator):
+            value.set_state(contents)
+        elif not torch.equal(value, contents):
+            with torch.no_grad():
+                value.copy_(contents)
 
 
 class displaced(Restoring):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..hypergradient.method import RandomState, flatten, nodes_of, put_back_attributes, twice_differentiable, unflatten
+from ..hypergradient.method import Attributes, RandomState, flatten, nodes_of, twice_differentiable, unflatten
 from ..optim import observed
 from .problem import Problem
 
@@ -753,7 +753,7 @@ class Products:
         if self.random is None:
             self.random = RandomState(torch_only=True)
             self.buffers = [b for module in self.level.modules for b in module.buffers()]
-            self.values, self.attributes = [b.clone() for b in self.buffers], problem.own_attributes()
+            self.values, self.attributes = [b.clone() for b in self.buffers], Attributes(problem)
         else:
             now = RandomState(torch_only=True) if self.draws else None
             self._restore()
@@ -775,7 +775,7 @@ class Products:
         if self.buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self.buffers, self.values)
-        put_back_attributes(self.compiled.problem, self.attributes)
+        self.attributes.put_back()
 
 
 def _hooked(parameter):

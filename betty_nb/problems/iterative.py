@@ -16,7 +16,7 @@ from ..hypergradient.method import with_submodules
 from ..hypergradient.unroll import Unroll
 from ..optim import Rule, options_of, parameters_of, refusal
 from .live import Live, Row, bytes_of_step, can_live
-from .path import Copies, Draws, Kept, Layout, Pass, Path, Replay, Start, Step, Stretch, numbers_of, own_hook, plain_update
+from .path import Copies, Draws, Kept, Layout, Pass, Path, Replay, Start, Step, Stretch, own_hook, plain_update
 from .problem import Problem
 
 # %% ../../nbs/core/28_iterative.ipynb #6bda0ed3
@@ -165,7 +165,7 @@ class IterativeProblem(Problem):
 
     def _counters(self):
         "What counts steps: the level's own, and the numbers among the attributes of its code"
-        numbers = numbers_of(self)
+        numbers = self.own_numbers()
         return (self.count, self.steps, numbers) if numbers else (self.count, self.steps)
 
     def _make_room(self):

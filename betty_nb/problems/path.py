@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pass', 'Step', 'Start', 'Stretch', 'Layout', 'Others', 'versions', 'Draws', 'Copies', 'Path', 'Kept', 'Inputs',
-           'Replay', 'plain_update', 'numbers_of', 'own_hook']
+           'Replay', 'plain_update', 'own_hook']
 
 # %% ../../nbs/core/25_path.ipynb #7181260a
 from dataclasses import dataclass, field
@@ -434,9 +434,7 @@ class Replay:
         if self.optimizer is not None:
             problem.optimizer = reading(self.optimizer, own)  # what trainable_parameters() reads
         problem.batch, (problem.count, problem.steps, *own) = one.batch, one.counters
-        for name in numbers_of(problem):
-            del vars(problem)[name]
-        vars(problem).update(*own)
+        problem.put_numbers(*own or [{}])
         self.clone_buffers()
         if one.random is not None:
             one.random.restore()
@@ -486,11 +484,6 @@ def plain_update(problem):
     if problem.optimizer is None or problem.config.gradient_clipping != 0:
         return False
     return _OURS.issuperset(map(_written_in, _hooks_of_update(problem)))
-
-
-def numbers_of(problem):
-    "{name: value} of the numbers that the code of the level keeps in attributes"
-    return {k: v for k, v in problem.own_attributes().items() if type(v) in (int, float, bool)}
 
 
 def own_hook(problem, hook):

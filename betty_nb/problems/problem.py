@@ -290,11 +290,24 @@ class Problem:
         return [(names.get(id(p), f"parameter {i}"), p) for i, p in enumerate(self.trainable_parameters())]
 
     def own_attributes(self):
-        "{name: value} of the attributes that are not this library's: what the code of the level keeps for itself"
+        """{name: value} of the attributes that are not this library's: what the code of the level keeps for itself.
+
+        Passes for a hypergradient leave them as they are: counters, lists, dictionaries, the buffers of modules, and tensors that param_callback writes to (not
+        those that training_step writes to: make such a tensor a buffer of the module). Going back in time puts them back."""
         attributes, levels = vars(self), self._siblings.keys()
         if len(attributes) == len(self._ours) + len(levels):
             return {}
         return {k: attributes[k] for k in attributes.keys() - self._ours - levels}
+
+    def own_numbers(self):
+        "Those of them that are numbers, such as counters"
+        return {k: v for k, v in self.own_attributes().items() if type(v) in (int, float, bool)}
+
+    def put_numbers(self, numbers):
+        "Give the level the `own_numbers` that it had"
+        for name in self.own_numbers().keys() - numbers.keys():
+            del vars(self)[name]
+        vars(self).update(numbers)
 
     # Building, called by the engine
 
