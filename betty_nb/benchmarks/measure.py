@@ -37,12 +37,12 @@ def method_of(name, work):
     return made[name]()
 
 
-def _level(work, level, config, base):
+def _level(work, level, config, base, models):
     loss = work.losses[level]
 
     class Level(base):
         def training_step(self, batch):
-            return loss(self.models, batch)
+            return loss(models, batch)
 
     class StartedLevel(Level):
         def on_inner_loop_start(self):
@@ -57,17 +57,16 @@ class Program:
     "A workload as a program of this library"
 
     def __init__(self, work, method, **options):
-        names, problems = work.levels, []
+        names, problems, models = work.levels, [], {}
         for level in names:
             below = level != names[0]
             base = IterativeProblem if below and method.startswith("unroll") else ImplicitProblem
             config = Config(type=method_of(method, work), unroll_steps=work.unroll, **options) if below else Config()
-            problems.append(_level(work, level, config, base))
+            problems.append(_level(work, level, config, base, models))
         u2l = {name: [names[-1]] for name in names[:-1]}
         l2u = {low: names[: i + 1] for i, low in enumerate(names[1:])}
         self.engine = Engine(problems, EngineConfig(strategy="cpu"), {"u2l": u2l, "l2u": l2u})
-        for problem in problems:
-            problem.models = {p.name: p for p in problems}
+        models.update({p.name: p for p in problems})
         self.iterations = work.unroll ** (len(names) - 1)  # for a step of the top level
         self.work = work
 

@@ -284,66 +284,72 @@ def small_copy(tensor, large=2**26):
 class Attributes:
     "What the code of a level keeps in attributes, at a moment: their values, and what lists and dictionaries hold"
 
-    few = 100  # entries that are looked at one by one
+    few = 100  # entries of a list or dictionary that are remembered one by one
 
     def __init__(
         self,
         problem,
         copy=None,  # function tensor -> its copy, or None where it has to do without: tensors, also those of modules, are put back, too
     ):
-        self.problem, self.held, self.copies, self._copy = problem, problem.own_attributes(), [], copy
-        self.contents = [(value, self._contents(value)) for value in self.held.values()]
+        self.problem, self.held, self._copy, self._saved = problem, problem.own_attributes(), copy, []
+        if self.held:
+            self._known = set()  # ids of what has been looked at; _saved has pairs (something that can be written to, what it holds)
+            for value in self.held.values():
+                self._save(value)
 
-    def _contents(self, value):
+    @property
+    def copies(self):
+        "The tensors that were copied"
+        return [saved for _, saved in self._saved if isinstance(saved, torch.Tensor)]
+
+    def _save(self, value):
+        inside, saved = (), None
         if isinstance(value, list):
             if len(value) > self.few:
-                return len(value)  # somebody collects: what comes later is taken away
-            return [(v, self._contents(v) if self._copy else None) for v in value]
-        if isinstance(value, dict) and len(value) <= self.few:
-            return [(k, v, self._contents(v)) for k, v in value.items()]
-        if self._copy is None:
-            return None
-        if isinstance(value, torch.nn.Module):
-            return [(t, self._kept(self._copy(t))) for t in (*value.parameters(), *value.buffers())]
-        if isinstance(value, torch.Generator):
-            return self._kept(value.get_state())
-        return self._kept(self._copy(value)) if isinstance(value, torch.Tensor) else None
-
-    def _kept(self, copy):
-        if copy is not None:
-            self.copies.append(copy)
-        return copy
+                saved = len(value)  # somebody collects: what comes later is taken away
+            else:
+                saved, inside = value[:], value if self._copy else ()
+        elif isinstance(value, dict) and len(value) <= self.few:
+            saved, inside = dict(value), value.values() if self._copy else [v for v in value.values() if isinstance(v, (list, dict))]
+        elif self._copy is None:
+            return
+        elif isinstance(value, torch.Tensor):
+            saved = self._copy(value)
+        elif isinstance(value, torch.nn.Module):
+            inside = (*value.parameters(), *value.buffers())
+        elif isinstance(value, torch.Generator):
+            saved = value.get_state()
+        if id(value) in self._known:
+            return
+        self._known.add(id(value))
+        if saved is not None:
+            self._saved.append((value, saved))
+        for part in inside:
+            self._save(part)
 
     def put_back(self):
-        now = self.problem.own_attributes()
-        for name in now.keys() - self.held.keys():
-            del vars(self.problem)[name]
-        vars(self.problem).update({name: value for name, value in self.held.items() if now.get(name) is not value})
-        for value, contents in self.contents:
-            self._fill(value, contents)
-
-    def _fill(self, value, contents):
-        if contents is None:
+        own, now = vars(self.problem), self.problem.own_attributes()
+        if not now and not self.held:
             return
-        if isinstance(contents, int):
-            del value[contents:]
-        elif isinstance(value, list):
-            value[:] = [v for v, _ in contents]
-            for v, inner in contents:
-                self._fill(v, inner)
-        elif isinstance(value, dict):
-            value.clear()
-            value.update((k, v) for k, v, _ in contents)
-            for _, v, inner in contents:
-                self._fill(v, inner)
-        elif isinstance(value, torch.nn.Module):
-            for tensor, kept in contents:
-                self._fill(tensor, kept)
-        elif isinstance(value, torch.Generator):
-            value.set_state(contents)
-        elif not torch.equal(value, contents):
-            with torch.no_grad():
-                value.copy_(contents)
+        for name in now:
+            if name not in self.held:
+                del own[name]
+        for name, value in self.held.items():
+            if now.get(name) is not value:
+                own[name] = value
+        for value, saved in self._saved:
+            if isinstance(saved, int):
+                del value[saved:]
+            elif isinstance(saved, list):
+                value[:] = saved
+            elif isinstance(saved, dict):
+                value.clear()
+                value.update(saved)
+            elif isinstance(value, torch.Generator):
+                value.set_state(saved)
+            elif not torch.equal(value, saved):
+                with torch.no_grad():
+                    value.copy_(saved)
 
 
 class displaced(Restoring):

@@ -195,7 +195,7 @@ class Problem:
         self.children, self.parents, self.paths = [], [], []  # levels below and above along l2u; paths of the hypergradient
         self.leaf = False
         self._siblings, self._scaler, self._takes_batch, self._callback_takes_parameters = {}, None, True, False
-        self._compiled = None
+        self._compiled, self._own_names = None, (0, ())  # the number of attributes, and the names of those that are not this library's
         self.reset()
 
     def reset(self):
@@ -294,14 +294,24 @@ class Problem:
 
         Passes for a hypergradient leave them as they are: counters, lists, dictionaries, the buffers of modules, and tensors that param_callback writes to (not
         those that training_step writes to: make such a tensor a buffer of the module). Going back in time puts them back."""
-        attributes, levels = vars(self), self._siblings.keys()
-        if len(attributes) == len(self._ours) + len(levels):
+        attributes, (count, names) = self.__dict__, self._own_names
+        if count == len(attributes) and not names:
             return {}
-        return {k: attributes[k] for k in attributes.keys() - self._ours - levels}
+        if count != len(attributes):
+            self._find_own(attributes)
+        try:
+            return {k: attributes[k] for k in self._own_names[1]}
+        except KeyError:  # one has come for another
+            self._find_own(attributes)
+            return {k: attributes[k] for k in self._own_names[1]}
+
+    def _find_own(self, attributes):
+        self._own_names = len(attributes), tuple(attributes.keys() - self._ours - self._siblings.keys())
 
     def own_numbers(self):
         "Those of them that are numbers, such as counters"
-        return {k: v for k, v in self.own_attributes().items() if type(v) in (int, float, bool)}
+        own = self.own_attributes()
+        return {k: v for k, v in own.items() if type(v) in (int, float, bool)} if own else own
 
     def put_numbers(self, numbers):
         "Give the level the `own_numbers` that it had"
