@@ -328,6 +328,43 @@ def test_a_level_that_collects_is_not_compiled_for_each_step_anew(compile):
     assert len(engine.inner.losses) == 9 and sum(p.variants for p in engine.inner.compiled.programs.values()) == 0
 
 
+def test_a_level_that_keeps_something_once_is_compiled():
+    class Keeps:
+        def training_step(self, batch):
+            if self.steps == 2:
+                self.kept = [torch.ones(3)]
+            return super().training_step(batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = program(Keeps, "darts", compile="now")
+        engine.run(9)
+    assert sum(p.variants for p in engine.inner.compiled.programs.values()) > 0
+
+
+def test_a_tensor_that_has_become_another_one_is_put_back():
+    class Grows:
+        def training_step(self, batch):
+            if not hasattr(self, "seen"):
+                self.seen = torch.zeros(2)
+            return super().training_step(batch) * (1 + 0.01 * len(self.seen))
+
+        def param_callback(self):
+            self.seen.data = torch.cat([self.seen, self.batch[0][0, :1]])
+
+    engine = program(Grows, "darts")
+    debugger = Debugger(engine)
+    debugger.run(4).wait(30)
+    debugger.timeline.take()
+    moment, there = debugger.timeline.index, engine.inner.seen.clone()
+    debugger.run(4).wait(30)
+    end = values(engine)
+    debugger.timeline.goto(moment)
+    assert torch.equal(engine.inner.seen, there)
+    debugger.timeline.goto(debugger.timeline.end)
+    assert torch.equal(values(engine), end) and len(engine.inner.seen) == 10
+
+
 @pytest.mark.parametrize("copying", [copy.deepcopy, copy.copy, pickle.dumps])
 def test_an_engine_says_why_it_is_not_copied(copying):
     engine = program(Counted, "unroll")

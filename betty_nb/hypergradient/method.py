@@ -347,9 +347,16 @@ class Attributes:
                 value.update(saved)
             elif isinstance(value, torch.Generator):
                 value.set_state(saved)
-            elif not torch.equal(value, saved):
-                with torch.no_grad():
-                    value.copy_(saved)
+            else:
+                self._write(value, saved.to(value.device))
+
+    @staticmethod
+    def _write(tensor, values):
+        if tensor.shape != values.shape or tensor.dtype != values.dtype:  # its memory has been exchanged since
+            tensor.data = values.clone()
+        elif not torch.equal(tensor, values):
+            with torch.no_grad():
+                tensor.copy_(values)
 
 
 class displaced(Restoring):

@@ -195,7 +195,7 @@ class Program:
         if _changed_by_trace(options):  # this step was made with those from before
             self.open, self.variants = False, 0
             self.say("training_step changes options of an optimizer, which a scheduler or param_callback can do")
-        if name := _grown(args[0], sizes):
+        if self.variants > 1 and (name := _grown(args[0], sizes)):  # not only the first time
             self.open, self.variants = False, 0
             self.say(_COLLECTS.format(name))
         return result
@@ -488,7 +488,7 @@ class Compiled:
         self.problem, self.programs, self.accounts, self.said = problem, {}, {}, set()
         self.steps, self.spent = 0, 0.0  # steps in compiled code, and their seconds, since the step was compiled last
         self._updates, self._traced = Updates(), None
-        self._collects = ""  # the attribute in which training_step collects something
+        self._collects = self._grown = ""  # the attribute in which training_step collects something; the one into which it has put something last
         cls = type(problem)
         self._changed = [name for name in OWN if getattr(cls, name) is not getattr(Problem, name)]
         self._own_update = any(getattr(cls, name) is not getattr(Problem, name) for name in AFTER)
@@ -531,7 +531,7 @@ class Compiled:
         step = self.problem.training_step
         traced = getattr(step, "__func__", step)
         if traced is not self._traced:  # at first, and when somebody replaces it on the live program
-            self.programs, self.accounts, self._traced, self._collects = {}, {}, traced, ""
+            self.programs, self.accounts, self._traced, self._collects, self._grown = {}, {}, traced, "", ""
         if why := self.refusal():
             self.say(why)
             return False
@@ -674,7 +674,8 @@ class Compiled:
         "The gradient as the engine takes it"
         sizes = _sizes(self.problem)
         loss = self.problem.training_loss()
-        self._collects = _grown(self.problem, sizes)
+        before, self._grown = self._grown, _grown(self.problem, sizes)
+        self._collects = self._grown if self._grown == before else ""
         account.size = account.size or operations([loss])
         check()
         self.problem.gradient(loss)
