@@ -19,7 +19,7 @@ from .configs import EngineConfig
 from .distributed import ALONE, join
 from .envs import as_env
 from .graph import Graph, GraphError, GraphWarning, closest
-from .hypergradient.method import TorchModes, small_copy, to_the_end, undisturbed
+from .hypergradient.method import TorchModes, to_the_end, undisturbed
 from .hypergradient.sweep import hypergradient
 from .logging import Logger, Progress, make_logger, numbers, warn_nonfinite
 from .problems.path import Draws
@@ -679,7 +679,7 @@ class Engine:
         name = self.level(level).name
         with self._lock:
             batches, env = {k: p.batch for k, p in self._levels.items()}, copy.deepcopy(self.env.state_dict()) if self.env is not None else None
-            unchanged = undisturbed([p.module for p in self.problems], problems=self.problems, copy=small_copy)
+            unchanged = undisturbed([p.module for p in self.problems], problems=self.problems)
 
             def put_back():
                 unchanged.__exit__()

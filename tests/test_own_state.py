@@ -166,6 +166,46 @@ def test_a_counter_of_steps_that_are_rolled_back(method):
     assert torch.equal(values(mine), values(plain)) and mine.inner.calls == 9
 
 
+class InPlace:
+    "It writes to a mean in its training_step, on which its loss depends, and to a teacher, the second through .data"
+
+    def training_step(self, batch):
+        if not hasattr(self, "mean"):
+            self.mean, self.teacher, self.by_name = torch.zeros(6), torch.nn.Linear(6, 5), {"mean": torch.zeros(6)}
+        self.mean.mul_(0.9).add_(batch[0].mean(0), alpha=0.1)
+        self.by_name["mean"] += batch[0].mean(0)
+        for a, p in zip(self.teacher.parameters(), self.module[0].parameters()):
+            a.data.mul_(0.9).add_(p.data, alpha=0.1)
+        return super().training_step((batch[0] - self.mean - 0.01 * self.by_name["mean"], batch[1]))
+
+
+class OutOfPlace:
+    "The same from a list of batches that it knows, without keeping anything"
+
+    def training_step(self, batch):
+        mean, total = torch.zeros(6), torch.zeros(6)
+        for now in [*(X[16 * (i % 2) : 16 * (i % 2) + 16].mean(0) for i in range(self.count)), batch[0].mean(0)]:
+            mean.mul_(0.9).add_(now, alpha=0.1)
+            total += now
+        return super().training_step((batch[0] - mean - 0.01 * total, batch[1]))
+
+
+@pytest.mark.parametrize("method", ["cg", "darts", "sama", "neumann", "nystrom", "evolution", "unroll"])
+def test_tensors_to_which_a_training_step_writes(method):
+    mine, plain = program(InPlace, method), program(OutOfPlace, method)
+    for engine in (mine, plain):
+        torch.manual_seed(1)
+        engine.run(12)
+    assert torch.equal(values(mine), values(plain))
+    inner = mine.inner
+    before = [t.clone() for t in (inner.mean, inner.by_name["mean"], *inner.teacher.state_dict().values())]
+    debugger = Debugger(mine)
+    debugger.hypergradient("outer")
+    debugger.diagnose(seconds=2)
+    for a, b in zip(before, (inner.mean, inner.by_name["mean"], *inner.teacher.state_dict().values())):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("hessian", ["direct", "total"])
 def test_a_counter_in_the_middle_of_three_levels(hessian):
     def three(own):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'NON_FINITE', 'METHODS', 'flatten', 'nodes_of', 'unflatten', 'RandomState', 'to_the_end', 'Restoring',
-           'with_submodules', 'TorchModes', 'undisturbed', 'Moment', 'writable', 'small_copy', 'Attributes',
+           'with_submodules', 'TorchModes', 'undisturbed', 'Moment', 'writable', 'small_copy', 'Written', 'Attributes',
            'displaced', 'displaced_all', 'twice_differentiable', 'pass_back', 'pass_straight_back', 'plain',
            'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read', 'finite',
            'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register', 'BettyFunction',
@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _pop_mode as pop_function_mode
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..distributed import ALONE
 from ..graph import closest
@@ -218,18 +219,17 @@ def _in_dual_level():
 
 class undisturbed(Restoring):
     """A context: whatever runs inside leaves the buffers of `modules`, their train/eval mode and the random generators as they were, and what the user's
-    code keeps in attributes of the `problems`: counters, lists and dictionaries, and modules.
+    code keeps in attributes of the `problems`: counters, tensors, modules, and lists and dictionaries of them.
 
-    Unless `torch_only`, the parameters and torch's modes too: an interrupt can come before a context inside has begun to put them back. With `copy`, see
-    Attributes, the tensors in the attributes, too."""
+    Unless `torch_only`, the parameters and torch's modes too: an interrupt can come before a context inside has begun to put them back."""
 
-    def __init__(self, modules, torch_only=False, problems=(), copy=None):
-        self._problems, self._copy = [q for q in problems if hasattr(q, "own_attributes")], copy
+    def __init__(self, modules, torch_only=False, problems=()):
+        self._problems = [q for q in problems if hasattr(q, "own_attributes")]
         own = [v for q in self._problems for v in q.own_attributes().values() if isinstance(v, torch.nn.Module)]
         self.modules, self.torch_only = with_submodules([*modules, *own]), torch_only
 
     def _keep(self):
-        self._attributes = [Attributes(q, self._copy) for q in self._problems]
+        self._attributes = [Attributes(q) for q in self._problems]
         self._kept = [(m, dict(m._buffers)) for m in self.modules if m._buffers]
         self._modes = [m.training for m in self.modules]
         self._torch = None if self.torch_only else TorchModes()
@@ -281,6 +281,19 @@ def small_copy(tensor, large=2**26):
     return tensor.detach().clone() if writable(tensor) and tensor.numel() * tensor.element_size() <= large else None
 
 
+class Written:
+    "Copies those of a level's tensors to which its passes write: at first all that are small, from then on those that a pass has been seen to change"
+
+    def __init__(self):
+        self._known = WeakTensorKeyDictionary()  # {tensor: whether a pass writes to it}
+
+    def __call__(self, tensor):
+        return small_copy(tensor) if self._known.get(tensor, True) else None
+
+    def learn(self, tensor, changed):
+        self._known[tensor] = changed or self._known.get(tensor, False)
+
+
 class Attributes:
     "What the code of a level keeps in attributes, at a moment: their values, and what lists and dictionaries hold"
 
@@ -289,10 +302,13 @@ class Attributes:
     def __init__(
         self,
         problem,
-        copy=None,  # function tensor -> its copy, or None where it has to do without: tensors, also those of modules, are put back, too
+        copy=None,  # function tensor -> its copy, or None where it has to do without; None for the Written of the problem
     ):
-        self.problem, self.held, self._copy, self._saved = problem, problem.own_attributes(), copy, []
+        self.problem, self.held, self._saved = problem, problem.own_attributes(), []
         if self.held:
+            self._written = problem._written if copy is None else None
+            self._copy = copy or self._written
+            self._left = []  # pairs (a tensor that is not copied, its version)
             self._known = set()  # ids of what has been looked at; _saved has pairs (something that can be written to, what it holds)
             for value in self.held.values():
                 self._save(value)
@@ -308,13 +324,13 @@ class Attributes:
             if len(value) > self.few:
                 saved = len(value)  # somebody collects: what comes later is taken away
             else:
-                saved, inside = value[:], value if self._copy else ()
+                saved, inside = value[:], value
         elif isinstance(value, dict) and len(value) <= self.few:
-            saved, inside = dict(value), value.values() if self._copy else [v for v in value.values() if isinstance(v, (list, dict))]
-        elif self._copy is None:
-            return
+            saved, inside = dict(value), value.values()
         elif isinstance(value, torch.Tensor):
             saved = self._copy(value)
+            if saved is None:
+                self._left.append((value, value._version))
         elif isinstance(value, torch.nn.Module):
             inside = (*value.parameters(), *value.buffers())
         elif isinstance(value, torch.Generator):
@@ -348,15 +364,24 @@ class Attributes:
             elif isinstance(value, torch.Generator):
                 value.set_state(saved)
             else:
-                self._write(value, saved.to(value.device))
+                changed = self._write(value, saved.to(value.device))
+                if self._written is not None:
+                    self._written.learn(value, changed)
+        for tensor, version in self._left if self.held and self._written is not None else ():
+            if tensor._version != version:
+                self._written.learn(tensor, True)  # too late for this pass
 
     @staticmethod
     def _write(tensor, values):
+        "Let `tensor` hold `values`; whether it did not"
         if tensor.shape != values.shape or tensor.dtype != values.dtype:  # its memory has been exchanged since
             tensor.data = values.clone()
-        elif not torch.equal(tensor, values):
-            with torch.no_grad():
-                tensor.copy_(values)
+            return True
+        if torch.equal(tensor, values):
+            return False
+        with torch.no_grad():
+            tensor.copy_(values)
+        return True
 
 
 class displaced(Restoring):

@@ -19,7 +19,7 @@ import torch
 
 from ..configs import Config
 from ..distributed import ALONE
-from ..hypergradient.method import RandomState, pass_back, twice_differentiable, unflatten
+from ..hypergradient.method import RandomState, Written, pass_back, twice_differentiable, unflatten
 from ..optim import quick_step
 
 # %% ../../nbs/core/22_problems.ipynb #630a0fd0
@@ -195,6 +195,7 @@ class Problem:
         self.children, self.parents, self.paths = [], [], []  # levels below and above along l2u; paths of the hypergradient
         self.leaf = False
         self._siblings, self._scaler, self._takes_batch, self._callback_takes_parameters = {}, None, True, False
+        self._written = Written()  # to which of those a pass writes
         self._compiled, self._own_names = None, (0, ())  # the number of attributes, and the names of those that are not this library's
         self.reset()
 
@@ -292,8 +293,7 @@ class Problem:
     def own_attributes(self):
         """{name: value} of the attributes that are not this library's: what the code of the level keeps for itself.
 
-        Passes for a hypergradient leave them as they are: counters, lists, dictionaries, the buffers of modules, and tensors that param_callback writes to (not
-        those that training_step writes to: make such a tensor a buffer of the module). Going back in time puts them back."""
+        Passes for a hypergradient leave them as they are: numbers, tensors, modules, and lists and dictionaries of them. Going back in time puts them back."""
         attributes, (count, names) = self.__dict__, self._own_names
         if count == len(attributes) and not names:
             return {}
