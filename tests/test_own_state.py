@@ -3,6 +3,7 @@
 import collections
 import copy
 import pickle
+import time
 import warnings
 
 import pytest
@@ -133,6 +134,32 @@ def test_going_back_takes_it_back(method):
     assert torch.equal(kept(engine)[0], end[0]) and kept(engine)[1:] == end[1:]
     assert engine.inner.large[0].item() == large  # seen to change, so that it is copied
     assert debugger.timeline.nbytes < 300e6  # what never changes, data for example, is not
+
+
+class Weighed:
+    "`factor` is an option: no code of the level assigns to it but the first"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor, self.calls, self.losses = 1.0, 0, []
+
+    def training_step(self, batch):
+        self.calls += 1
+        self.losses.append(self.calls)
+        return super().training_step(batch) * self.factor
+
+
+@pytest.mark.parametrize("method", ["neumann", "darts", Unroll(graph_mb=0)], ids=str)
+def test_an_option_that_is_set_during_a_run_stays_set(method):
+    engine = program(Weighed, method)
+    run = Debugger(engine).run()
+    for i in range(300):
+        engine.inner.factor = 1.0 + i / 1000
+        time.sleep(2e-3)
+        assert engine.inner.factor == 1.0 + i / 1000
+    run.pause()
+    run.wait(30)
+    assert engine.inner.calls == engine.inner.count == len(engine.inner.losses)
 
 
 def test_a_number_changed_by_hand_belongs_to_its_moment():

@@ -305,6 +305,7 @@ class Attributes:
         copy=None,  # function tensor -> its copy, or None where it has to do without; None for the Written of the problem
     ):
         self.problem, self.held, self._saved = problem, problem.own_attributes(), []
+        self._assigned = problem.assigned if copy is None else None  # others are options, which somebody may change during the pass
         if self.held:
             self._written = problem._written if copy is None else None
             self._copy = copy or self._written
@@ -321,10 +322,7 @@ class Attributes:
     def _save(self, value):
         inside, saved = (), None
         if isinstance(value, list):
-            if len(value) > self.few:
-                saved = len(value)  # somebody collects: what comes later is taken away
-            else:
-                saved, inside = value[:], value
+            saved, inside = (len(value), ()) if len(value) > self.few else (value[:], value)
         elif isinstance(value, dict) and len(value) <= self.few:
             saved, inside = dict(value), value.values()
         elif isinstance(value, torch.Tensor):
@@ -348,16 +346,17 @@ class Attributes:
         if not now and not self.held:
             return
         for name in now:
-            if name not in self.held:
+            if name not in self.held and (self._assigned is None or name in self._assigned):
                 del own[name]
         for name, value in self.held.items():
-            if now.get(name) is not value:
+            if now.get(name) is not value and (self._assigned is None or name in self._assigned):
                 own[name] = value
         for value, saved in self._saved:
             if isinstance(saved, int):
-                del value[saved:]
+                del value[saved:]  # somebody collects: what came later is taken away
             elif isinstance(saved, list):
-                value[:] = saved
+                if len(value) >= len(saved) or self._assigned is None:  # else somebody has emptied it
+                    value[:] = saved
             elif isinstance(saved, dict):
                 value.clear()
                 value.update(saved)

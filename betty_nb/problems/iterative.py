@@ -164,9 +164,9 @@ class IterativeProblem(Problem):
         return loss
 
     def _counters(self):
-        "What counts steps: the level's own, and the numbers among the attributes of its code"
-        numbers = self.own_numbers()
-        return (self.count, self.steps, numbers) if numbers else (self.count, self.steps)
+        "What counts steps: the level, and its code"
+        own = self.own_counters()
+        return (self.count, self.steps, own) if own else (self.count, self.steps)
 
     def _make_room(self):
         if self._path is None:  # a step by hand before the first unroll

@@ -25,7 +25,7 @@ class Pass(NamedTuple):
 
     batch: object
     seen: tuple  # the parameters of the other levels, along Others.tensors
-    counters: tuple  # the level's count and steps, and {name: number} of the attributes of its code, if it has some
+    counters: tuple  # the level's count and steps, and its own_counters, if it has some
     random: object  # the RandomState before it, None where it drew no random number, or where nothing else did since the pass before
     scale: int  # the gradient is divided by this
     loss_scale: float  # see `derivative`
@@ -434,7 +434,7 @@ class Replay:
         if self.optimizer is not None:
             problem.optimizer = reading(self.optimizer, own)  # what trainable_parameters() reads
         problem.batch, (problem.count, problem.steps, *own) = one.batch, one.counters
-        problem.put_numbers(*own or [{}])
+        problem.put_counters(*own or [{}])
         self.clone_buffers()
         if one.random is not None:
             one.random.restore()

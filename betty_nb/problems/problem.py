@@ -14,6 +14,8 @@ import os
 import weakref
 from collections.abc import Mapping, MutableMapping
 from contextlib import contextmanager, suppress
+from dis import get_instructions
+from types import CodeType
 
 import torch
 
@@ -195,7 +197,7 @@ class Problem:
         self.children, self.parents, self.paths = [], [], []  # levels below and above along l2u; paths of the hypergradient
         self.leaf = False
         self._siblings, self._scaler, self._takes_batch, self._callback_takes_parameters = {}, None, True, False
-        self._written = Written()  # to which of those a pass writes
+        self._written, self._assigned = Written(), None  # to which of those a pass writes, and to which names
         self._compiled, self._own_names = None, (0, ())  # the number of attributes, and the names of those that are not this library's
         self.reset()
 
@@ -307,17 +309,32 @@ class Problem:
 
     def _find_own(self, attributes):
         self._own_names = len(attributes), tuple(attributes.keys() - self._ours - self._siblings.keys())
+        self._assigned = None
+
+    @property
+    def assigned(self):
+        "The names of the attributes that the code of the level assigns to, but for its __init__: state, while the others are options"
+        if self._assigned is None:
+            own = [cls for cls in type(self).__mro__ if cls is not object and not cls.__module__.startswith(f"{__package__}.")]
+            bodies = [body for cls in own for name, body in vars(cls).items() if name != "__init__"]
+            self._assigned = _assigned_in([*bodies, *self.own_attributes().values()])
+        return self._assigned
 
     def own_numbers(self):
         "Those of them that are numbers, such as counters"
         own = self.own_attributes()
         return {k: v for k, v in own.items() if type(v) in (int, float, bool)} if own else own
 
-    def put_numbers(self, numbers):
-        "Give the level the `own_numbers` that it had"
-        for name in self.own_numbers().keys() - numbers.keys():
+    def own_counters(self):
+        "Those of the numbers to which the code of the level assigns"
+        own = self.own_numbers()
+        return {k: v for k, v in own.items() if k in self.assigned} if own else own
+
+    def put_counters(self, counters):
+        "Give the level the `own_counters` that it had"
+        for name in self.own_counters().keys() - counters.keys():
             del vars(self)[name]
-        vars(self).update(numbers)
+        vars(self).update(counters)
 
     # Building, called by the engine
 
@@ -731,6 +748,29 @@ def _is_compiled(module):
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Anything:
+    "A set that has everything in it"
+
+    def __contains__(self, name):
+        return True
+
+
+def _assigned_in(bodies):
+    "The names of the attributes to which the functions, methods and properties among `bodies` assign"
+    names, left = set(), []
+    for body in bodies:
+        for part in (body, *(getattr(body, name, None) for name in ("__func__", "__wrapped__", "fget", "fset", "func"))):
+            left.append(getattr(part, "__code__", None))
+    while left:
+        code = left.pop()
+        if isinstance(code, CodeType):
+            if not {"setattr", "__dict__", "vars"}.isdisjoint(code.co_names):
+                return _Anything()
+            names |= {i.argval for i in get_instructions(code) if i.opname in ("STORE_ATTR", "DELETE_ATTR")}
+            left += code.co_consts
+    return names
 
 
 class Unscaled:

@@ -28,7 +28,7 @@ class Trial:
     start: LevelState
     counters: dict  # the level's, then
     memory: object  # its `memory()`, None where the unroll begins anyway
-    numbers: dict = field(default_factory=dict)  # its `own_numbers()`
+    own: dict = field(default_factory=dict)  # its `own_counters()`
     steps: list = field(default_factory=list)  # of TrialStep
     before: object = None  # the RandomState before the step in progress
     after: object = None  # while it is repeated: the pair (RandomState, batch) with which the level goes on
@@ -38,7 +38,7 @@ class Trial:
     @classmethod
     def of(cls, problem, fresh):
         "A trial that begins now; `fresh` where an unroll does, too"
-        return cls(LevelState.of(problem), {name: getattr(problem, name) for name in cls._counters}, None if fresh else problem.memory(), problem.own_numbers())
+        return cls(LevelState.of(problem), {name: getattr(problem, name) for name in cls._counters}, None if fresh else problem.memory(), problem.own_counters())
 
     def record(self, problem, draws, manual=False):
         "Remember the step that `problem` has made"
@@ -51,7 +51,7 @@ class Trial:
         self.start.put_back(problem)
         for name, value in self.counters.items():
             setattr(problem, name, value)
-        problem.put_numbers(self.numbers)
+        problem.put_counters(self.own)
         if self.memory is not None:
             problem.recall(self.memory, elsewhere=True)
 
