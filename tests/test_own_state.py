@@ -153,12 +153,14 @@ class Weighed:
 def test_an_option_that_is_set_during_a_run_stays_set(method):
     engine = program(Weighed, method)
     run = Debugger(engine).run()
-    for i in range(300):
-        engine.inner.factor = 1.0 + i / 1000
-        time.sleep(2e-3)
-        assert engine.inner.factor == 1.0 + i / 1000
-    run.pause()
-    run.wait(30)
+    try:
+        for i in range(300):
+            engine.inner.factor = 1.0 + i / 1000
+            time.sleep(2e-3)
+            assert engine.inner.factor == 1.0 + i / 1000
+    finally:
+        run.pause()
+        run.wait(30)
     assert engine.inner.calls == engine.inner.count == len(engine.inner.losses)
 
 

@@ -308,6 +308,7 @@ class Attributes:
         self._assigned = problem.assigned if copy is None else None  # others are options, which somebody may change during the pass
         if self.held:
             self._written = problem._written if copy is None else None
+            self._evaluations = problem._evaluations
             self._copy = copy or self._written
             self._left = []  # pairs (a tensor that is not copied, its version)
             self._known = set()  # ids of what has been looked at; _saved has pairs (something that can be written to, what it holds)
@@ -364,7 +365,7 @@ class Attributes:
                 value.set_state(saved)
             else:
                 changed = self._write(value, saved.to(value.device))
-                if self._written is not None:
+                if self._written is not None and self._evaluations != self.problem._evaluations:
                     self._written.learn(value, changed)
         for tensor, version in self._left if self.held and self._written is not None else ():
             if tensor._version != version:

@@ -197,7 +197,7 @@ class Problem:
         self.children, self.parents, self.paths = [], [], []  # levels below and above along l2u; paths of the hypergradient
         self.leaf = False
         self._siblings, self._scaler, self._takes_batch, self._callback_takes_parameters = {}, None, True, False
-        self._written, self._assigned = Written(), None  # to which of those a pass writes, and to which names
+        self._written, self._assigned, self._evaluations = Written(), None, 0  # to which of those a pass writes, and to which names
         self._compiled, self._own_names = None, (0, ())  # the number of attributes, and the names of those that are not this library's
         self.reset()
 
@@ -483,6 +483,7 @@ class Problem:
 
     def evaluate(self, batch):
         "The pair (loss on `batch`, a scalar tensor with its graph; the other entries of its dictionary), computed in the level's precision"
+        self._evaluations += 1
         try:
             if self.autocast is None:
                 result = self.training_step(batch) if self._takes_batch else self.training_step()
