@@ -302,7 +302,7 @@ class Attributes:
     def __init__(
         self,
         problem,
-        copy=None,  # function tensor -> its copy, or None where it has to do without; None for the Written of the problem
+        copy=None,  # function tensor -> its copy, or None where it has to do without. Left out for a pass: see Written, and only what the code assigns to
     ):
         self.problem, self.held, self._saved = problem, problem.own_attributes(), []
         self._assigned = problem.assigned if copy is None else None  # others are options, which somebody may change during the pass
