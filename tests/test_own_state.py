@@ -72,16 +72,22 @@ class Counted:
         return super().training_step(batch) * (1 + 0.1 * (self.count + 1))
 
 
+def same_steps(own, other, method, steps=12, **options):
+    "The program with `own`, which makes the same steps as that with `other`"
+    mine, plain = program(own, method, **options), program(other, method, **options)
+    for engine in (mine, plain):
+        torch.manual_seed(1)
+        engine.run(steps)
+    assert torch.equal(values(mine), values(plain))
+    return mine
+
+
 WAYS = [*METHODS, Unroll(graph_mb=0), Unroll(truncate=2), Unroll(first_order=True)]
 
 
 @pytest.mark.parametrize("method", WAYS, ids=str)
 def test_a_counter_and_what_is_collected(method):
-    mine, plain = program(Counting, method), program(Counted, method)
-    for engine in (mine, plain):
-        torch.manual_seed(1)
-        engine.run(12)
-    assert torch.equal(values(mine), values(plain))
+    mine = same_steps(Counting, Counted, method)
     debugger = Debugger(mine)
     for _ in range(2):
         inner = mine.inner
@@ -189,10 +195,7 @@ def test_a_number_changed_by_hand_belongs_to_its_moment():
 
 @pytest.mark.parametrize("method", ["darts", "cg", "unroll"])
 def test_a_counter_of_steps_that_are_rolled_back(method):
-    mine, plain = program(Counting, method, roll_back=True), program(Counted, method, roll_back=True)
-    for engine in (mine, plain):
-        engine.run(9)
-    assert torch.equal(values(mine), values(plain)) and mine.inner.calls == 9
+    assert same_steps(Counting, Counted, method, steps=9, roll_back=True).inner.calls == 9
 
 
 class InPlace:
@@ -221,11 +224,7 @@ class OutOfPlace:
 
 @pytest.mark.parametrize("method", ["cg", "darts", "sama", "neumann", "nystrom", "evolution", "unroll"])
 def test_tensors_to_which_a_training_step_writes(method):
-    mine, plain = program(InPlace, method), program(OutOfPlace, method)
-    for engine in (mine, plain):
-        torch.manual_seed(1)
-        engine.run(12)
-    assert torch.equal(values(mine), values(plain))
+    mine = same_steps(InPlace, OutOfPlace, method)
     inner = mine.inner
     before = [t.clone() for t in (inner.mean, inner.by_name["mean"], *inner.teacher.state_dict().values())]
     debugger = Debugger(mine)
@@ -409,6 +408,18 @@ def test_a_level_that_keeps_something_once_is_compiled():
         engine = program(Keeps, "darts", compile="now")
         engine.run(9)
     assert sum(p.variants for p in engine.inner.compiled.programs.values()) > 0
+
+
+def test_data_with_missing_values_is_not_taken_for_something_written_to():
+    class Holds:
+        def training_step(self, batch):
+            if not hasattr(self, "data"):
+                self.data = torch.tensor([1.0, float("nan")]).expand(3, 2)  # nobody can write to it
+            return super().training_step(batch)
+
+    engine = program(Holds, "darts")
+    engine.run(6)
+    assert not engine.inner._written.surely(engine.inner.data) and engine.inner.data._version == 0
 
 
 def test_a_tensor_that_has_become_another_one_is_put_back():

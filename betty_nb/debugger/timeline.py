@@ -17,7 +17,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..configs import Options
-from ..hypergradient.method import Attributes, RandomState, small_copy, writable
+from ..hypergradient.method import Attributes, RandomState, same_values, small_copy, writable
 from ..logging import Logger
 from ..problems.path import Path
 from ..problems.problem import Problem
@@ -56,7 +56,7 @@ class Changing:
         new = small_copy(tensor)
         if new is None and version not in (None, tensor._version) and writable(tensor):
             new = tensor.detach().clone()
-        if copy is None or new is not None and not (copy.shape == new.shape and torch.equal(copy, new)):
+        if copy is None or new is not None and not same_values(copy, new):
             copy = new
         self._known[tensor] = tensor._version, copy
         return copy

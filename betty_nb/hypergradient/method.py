@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'NON_FINITE', 'METHODS', 'flatten', 'nodes_of', 'unflatten', 'RandomState', 'to_the_end', 'Restoring',
-           'with_submodules', 'TorchModes', 'undisturbed', 'Moment', 'writable', 'small_copy', 'Written', 'Attributes',
-           'displaced', 'displaced_all', 'twice_differentiable', 'pass_back', 'pass_straight_back', 'plain',
-           'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read', 'finite',
-           'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register', 'BettyFunction',
-           'method_class', 'make_method']
+           'with_submodules', 'TorchModes', 'undisturbed', 'Moment', 'writable', 'small_copy', 'same_values', 'Written',
+           'Attributes', 'displaced', 'displaced_all', 'twice_differentiable', 'pass_back', 'pass_straight_back',
+           'plain', 'derivative', 'Linearization', 'Solve', 'relative', 'ratios', 'noise', 'single', 'free_to_read',
+           'finite', 'finite_together', 'select', 'option', 'check_option', 'Method', 'LinearSolve', 'register',
+           'BettyFunction', 'method_class', 'make_method']
 
 # %% ../../nbs/core/01_method.ipynb #546f2b33
 import dataclasses
@@ -281,6 +281,13 @@ def small_copy(tensor, large=2**26):
     return tensor.detach().clone() if writable(tensor) and tensor.numel() * tensor.element_size() <= large else None
 
 
+def same_values(a, b):
+    "Whether two tensors hold the same; a NaN, which data may have, equals a NaN"
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 class Written:
     "Copies those of a level's tensors to which its passes write: at first all that are small, from then on those that a pass has been seen to change"
 
@@ -289,6 +296,10 @@ class Written:
 
     def __call__(self, tensor):
         return small_copy(tensor) if self._known.get(tensor, True) else None
+
+    def surely(self, tensor):
+        "Whether a pass has been seen to write to `tensor`, so that nobody has to wait for a GPU to compare it"
+        return self._known.get(tensor, False)
 
     def learn(self, tensor, changed):
         self._known[tensor] = changed or self._known.get(tensor, False)
@@ -321,6 +332,9 @@ class Attributes:
         return [saved for _, saved in self._saved if isinstance(saved, torch.Tensor)]
 
     def _save(self, value):
+        if id(value) in self._known:
+            return
+        self._known.add(id(value))
         inside, saved = (), None
         if isinstance(value, list):
             saved, inside = (len(value), ()) if len(value) > self.few else (value[:], value)
@@ -334,9 +348,6 @@ class Attributes:
             inside = (*value.parameters(), *value.buffers())
         elif isinstance(value, torch.Generator):
             saved = value.get_state()
-        if id(value) in self._known:
-            return
-        self._known.add(id(value))
         if saved is not None:
             self._saved.append((value, saved))
         for part in inside:
@@ -364,7 +375,7 @@ class Attributes:
             elif isinstance(value, torch.Generator):
                 value.set_state(saved)
             else:
-                changed = self._write(value, saved.to(value.device))
+                changed = self._write(value, saved.to(value.device), self._written is not None and self._written.surely(value))
                 if self._written is not None and self._evaluations != self.problem._evaluations:
                     self._written.learn(value, changed)
         for tensor, version in self._left if self.held and self._written is not None else ():
@@ -372,15 +383,15 @@ class Attributes:
                 self._written.learn(tensor, True)  # too late for this pass
 
     @staticmethod
-    def _write(tensor, values):
-        "Let `tensor` hold `values`; whether it did not"
+    def _write(tensor, values, surely):
+        "Let `tensor` hold `values`; whether it did not, which `surely` says without a look"
+        if not surely and same_values(tensor, values):
+            return False
         if tensor.shape != values.shape or tensor.dtype != values.dtype:  # its memory has been exchanged since
             tensor.data = values.clone()
-            return True
-        if torch.equal(tensor, values):
-            return False
-        with torch.no_grad():
-            tensor.copy_(values)
+        else:
+            with torch.no_grad():
+                tensor.copy_(values)
         return True
 
 

@@ -85,9 +85,9 @@ class Layout:
         self.modules, self.own = problem.all_modules(), problem.optimized()
         place = {id(p): i for i, p in enumerate(self.own)}
         self.trained = [place[id(p)] for p in problem.trainable_parameters()]
-        above = [q for q in problem.levels() if q is not problem]
-        self.trained_elsewhere = [p for q in above for p in q.trainable_parameters()]
-        rest = [p for q in above for p in (*q.parameters(), *q.trainable_parameters())] if others is None else []
+        elsewhere = [q for q in problem.levels() if q is not problem]
+        self.trained_elsewhere = [p for q in elsewhere for p in q.trainable_parameters()]
+        rest = [p for q in elsewhere for p in (*q.parameters(), *q.trainable_parameters())] if others is None else []
         self.others = list({id(p): p for p in rest if id(p) not in place}.values()) if others is None else others
         n = len(self.others)
         self.at = {**{id(p): i for i, p in enumerate(self.others)}, **{k: n + i for k, i in place.items()}}

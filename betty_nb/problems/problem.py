@@ -198,7 +198,7 @@ class Problem:
         self.leaf = False
         self._siblings, self._scaler, self._takes_batch, self._callback_takes_parameters = {}, None, True, False
         self._written, self._assigned, self._evaluations = Written(), None, 0  # to which of those a pass writes, and to which names
-        self._compiled, self._own_names = None, (0, ())  # the number of attributes, and the names of those that are not this library's
+        self._compiled, self._own_names = None, (0, set())  # the number of attributes, and the names of those that are not this library's
         self.reset()
 
     def reset(self):
@@ -297,19 +297,10 @@ class Problem:
 
         Passes for a hypergradient leave them as they are: numbers, tensors, modules, and lists and dictionaries of them. Going back in time puts them back."""
         attributes, (count, names) = self.__dict__, self._own_names
-        if count == len(attributes) and not names:
-            return {}
-        if count != len(attributes):
-            self._find_own(attributes)
-        try:
-            return {k: attributes[k] for k in self._own_names[1]}
-        except KeyError:  # one has come for another
-            self._find_own(attributes)
-            return {k: attributes[k] for k in self._own_names[1]}
-
-    def _find_own(self, attributes):
-        self._own_names = len(attributes), tuple(attributes.keys() - self._ours - self._siblings.keys())
-        self._assigned = None
+        if count != len(attributes) or names and not attributes.keys() >= names:
+            names, self._assigned = attributes.keys() - self._ours - self._siblings.keys(), None
+            self._own_names = len(attributes), names
+        return {k: attributes[k] for k in names}
 
     @property
     def assigned(self):
