@@ -443,14 +443,14 @@ class Engine:
         left = (every - done % every for done, every in ((p.count, p.config.log_step), (self.completed, valid_step), (p.count, unroll)) if every > 0)
         return min((self.goal - self.completed, *left))
 
-    def _next_batch(self):
-        "The end of an iteration, and the draw that begins the next one; False, with nothing drawn, where the run is to pause in between"
+    def _next_batch(self, draw):
+        "The end of an iteration, and the `draw` that begins the next one; False, with nothing drawn, where the run is to pause in between"
         if self.stop_requested or self._saves:
             return False
-        self._agenda = self._iteration()
+        self._agenda = agenda = self._iteration()
         self.global_step += 1
-        self._levels[self._only_leaf].draw()  # nobody watches
-        del self._agenda[0]
+        draw()  # nobody watches
+        del agenda[0]
         return True
 
     @property

@@ -366,7 +366,7 @@ class Rule:
     def look(self):
         "Look at the options; whether there is a formula for a step with them that nobody has asked to see"
         groups = self.optimizer.param_groups
-        ids = [list(map(id, group.values())) for group in groups]  # not whether they are equal: a tensor can equal a number
+        ids = [*map(id, groups[0].values())] if len(groups) == 1 else [[*map(id, group.values())] for group in groups]  # a tensor can equal a number
         if ids != self._ids:
             self._ids, self._known, self.options = ids, [dict(group) for group in groups], options_of(self.optimizer)  # what is known keeps its id
             self.formula = _formula(self.optimizer, self.options)
@@ -392,6 +392,9 @@ def _moved(formula, parameters, gradients, states, options, once):
     "The same for one group"
     if once and len(parameters) >= _FROM[formula] and _alike(parameters, gradients, states):
         return _TOGETHER[formula](parameters, gradients, states, options)
+    if len(parameters) == 1 and gradients[0] is not None:
+        p, s = formula(parameters[0], gradients[0], states[0], options)
+        return [p], [s]
     moved, new = [], []
     for p, g, s in zip(parameters, gradients, states):
         if g is not None:
@@ -401,43 +404,18 @@ def _moved(formula, parameters, gradients, states, options, once):
     return moved, new
 
 # %% ../nbs/core/24_optim.ipynb #c629f238
-class _SgdStep(torch.autograd.Function):
-    "(parameters, gradients, momentum buffers unless it is the first step or there is no momentum), each a list, -> (parameters, buffers if there is momentum)"
-
-    @staticmethod
-    def forward(ctx, options, n, *tensors):
-        ps, gs, buffers = (list(tensors[i * n : (i + 1) * n]) for i in range(3))
-        if options["maximize"]:
-            gs = torch._foreach_neg(gs)
-        if options["weight_decay"]:
-            gs = torch._foreach_add(gs, ps, alpha=options["weight_decay"])
-        ctx.options, ctx.n, ctx.share = options, n, 1 - options["dampening"] if buffers else 1
-        if not options["momentum"]:
-            return tuple(torch._foreach_add(ps, gs, alpha=-options["lr"]))
-        if buffers:
-            buffers = torch._foreach_mul(buffers, options["momentum"])
-            torch._foreach_add_(buffers, gs, alpha=ctx.share)
-        else:
-            buffers = [g.clone() for g in gs]
-        along = torch._foreach_add(gs, buffers, alpha=options["momentum"]) if options["nesterov"] else buffers
-        return (*torch._foreach_add(ps, along, alpha=-options["lr"]), *buffers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *cotangents):
-        options, n = ctx.options, ctx.n
-        to_p, to_buffers, before = list(cotangents[:n]), list(cotangents[n:]), ()
-        if options["momentum"]:
-            of_along = options["momentum"] if options["nesterov"] else 1
-            to_buffers = torch._foreach_add(to_buffers, to_p, alpha=-options["lr"] * of_along)
-            to_g = torch._foreach_mul(to_buffers, ctx.share) if ctx.share != 1 else to_buffers
-            to_g = torch._foreach_add(to_g, to_p, alpha=-options["lr"]) if options["nesterov"] else to_g
-            before = torch._foreach_mul(to_buffers, options["momentum"])
-        else:
-            to_g = torch._foreach_mul(to_p, -options["lr"])
-        to_p = torch._foreach_add(to_p, to_g, alpha=options["weight_decay"]) if options["weight_decay"] else to_p
-        to_g = torch._foreach_neg(to_g) if options["maximize"] else to_g
-        return (None, None, *to_p, *to_g, *before)[: len(ctx.needs_input_grad)]
+def _sgd_together(ps, gs, states, options):
+    gs = torch._foreach_neg(gs) if options["maximize"] else gs
+    if options["weight_decay"]:
+        gs = torch._foreach_add(gs, ps, alpha=options["weight_decay"])
+    if options["momentum"]:
+        buffers = gs
+        if states[0]:
+            before = torch._foreach_mul([s["momentum_buffer"] for s in states], options["momentum"])
+            buffers = torch._foreach_add(before, gs, alpha=1 - options["dampening"])
+        states = [{"momentum_buffer": b} for b in buffers]
+        gs = torch._foreach_add(gs, buffers, alpha=options["momentum"]) if options["nesterov"] else buffers
+    return list(torch._foreach_add(ps, gs, alpha=-options["lr"])), states
 
 # %% ../nbs/core/24_optim.ipynb #392170db
 _PLAIN = (torch.float32, torch.float64)  # in half precision, torch rounds the factors of lists and of single tensors differently
@@ -527,14 +505,8 @@ def _adam_together(ps, gs, states, options):
     return list(found[:n]), [{"step": step, "exp_avg": m, "exp_avg_sq": square} for m, square in zip(found[n : 2 * n], found[2 * n :])]
 
 
-def _sgd_together(ps, gs, states, options):
-    n, buffers = len(ps), [s.get("momentum_buffer") for s in states] if options["momentum"] else [None]
-    found = _SgdStep.apply(options, n, *ps, *gs, *(() if buffers[0] is None else buffers))
-    return list(found[:n]), [{"momentum_buffer": b} for b in found[n:]] if options["momentum"] else states
-
-
 _TOGETHER = {_adam: _adam_together, _sgd: _sgd_together}
-_FROM = {_adam: 1, _sgd: 32}  # tensors
+_FROM = {_adam: 1, _sgd: 2}  # tensors
 
 # %% ../nbs/core/24_optim.ipynb #4e1e2553
 def quick_step(optimizer):

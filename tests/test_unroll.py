@@ -136,20 +136,19 @@ def test_every_optimizer_against_central_differences_of_the_whole_program(name):
 
 
 @pytest.mark.parametrize("name", ["SGD", "momentum", "Nesterov", "dampening"])
-def test_sgd_moves_many_tensors_in_one_operation(name, monkeypatch):
+def test_sgd_moves_lists_of_tensors_as_it_moves_each(name, monkeypatch):
     def reverse():
-        torch.manual_seed(3)
-        layers = [layer for _ in range(17) for layer in (torch.nn.Linear(4, 4), torch.nn.Tanh())]
-        net = torch.nn.Sequential(*layers, torch.nn.Linear(4, 1)).double()
-        engine = at_hypergradient(program(h=torch.full((36,), -4.0), net=net, **OPTIMIZERS[name]))
-        used.append(engine.inner.path.stretches[-1].live.after[0].grad_fn.name())
-        return made_and_repeated(engine)[0]
+        engine = at_hypergradient(program(**OPTIMIZERS[name]))
+        return made_and_repeated(engine)[0], bits(engine)
 
-    used = []
-    together = reverse()
-    monkeypatch.setitem(optim._FROM, optim._sgd, 37)
-    assert error(together, reverse()) < 1e-12
-    assert used == ["_SgdStepBackward", "AddBackward0"]
+    moved, together = [], optim._sgd_together
+    monkeypatch.setitem(optim._TOGETHER, optim._sgd, lambda ps, *rest: moved.append(len(ps)) or together(ps, *rest))
+    (found, as_lists), lists = reverse(), set(moved)
+    monkeypatch.setitem(optim._FROM, optim._sgd, 100)
+    moved.clear()
+    (one_by_one, single), none = reverse(), moved
+    assert lists == {4} and not none
+    assert torch.equal(found, one_by_one) and same(as_lists, single)
 
 
 def one_cycle(optimizer):

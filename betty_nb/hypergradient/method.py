@@ -59,7 +59,9 @@ def nodes_of(tensors):
 
 def unflatten(vector, like):
     "The list of tensors, shaped as those of `like`, whose `flatten` is `vector` (n,)"
-    return list(_unflatten_dense_tensors(vector, like)) if len(like) > 1 else [vector.view_as(like[0])]
+    if len(like) > 1:
+        return list(_unflatten_dense_tensors(vector, like))
+    return [vector if like[0].dim() == vector.dim() == 1 else vector.view_as(like[0])]
 
 # %% ../../nbs/core/01_method.ipynb #11f37cae
 class RandomState:
@@ -126,6 +128,7 @@ class Restoring:
         except BaseException:
             self._restore()
             raise
+        return self
 
     def __exit__(self, *error):
         if self.entered:
@@ -145,7 +148,7 @@ def with_submodules(modules):
 
 
 ATTENTION = {  # torch's kernels: whether one is enabled, and what enables it
-    name: (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"))
+    name: (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
     for name in ("flash", "mem_efficient", "cudnn", "math")
 }
 

@@ -157,15 +157,16 @@ class IterativeProblem(Problem):
 
     def training_loss(self):
         self._make_room()
-        seen, counters, live = self._path.others.seen(), self._counters(), self._present_graph()
+        seen, counters, live = self._path.others.seen(), self.counters(), self._present_graph()
         before = self._draws.before()
         loss = super().training_loss() if live is None else live.loss(super().training_loss, seen)
         self._pass = (self.batch, seen, counters, self._draws.used(before), self.config.gradient_accumulation, self.loss_scale)
         return loss
 
-    def _counters(self):
+    def counters(self):
         "What counts steps: the level, and its code"
-        own = self.own_counters()
+        count, names = self._own_names
+        own = self.own_counters() if names or count != len(self.__dict__) else None
         return (self.count, self.steps, own) if own else (self.count, self.steps)
 
     def _make_room(self):
@@ -225,8 +226,8 @@ class IterativeProblem(Problem):
     def in_a_row(self, most, between):
         """Make `most` steps with their graph, each on the batch drawn last, where no code of the user's is to be called in between; none where there is.
 
-        `between` is called after each but the last, counts it, and draws the next batch. False where it has refused to, so that no step is due. Otherwise
-        the next step is, and `stepped` says whether it has moved the parameters already: it is then only to be counted."""
+        For `between` and what is returned, see Row.steps: where a step is due, `stepped` says whether it has moved the parameters already, and is then only to
+        be counted."""
         config = self.config
         if config.gradient_accumulation > 1 or self.scheduler is not None or self.trial is not None or not plain_update(self):
             return True
@@ -238,40 +239,12 @@ class IterativeProblem(Problem):
         if live is None or most < 2:
             return True
         listed = self._batches_are_listed()
-        row = Row(live, self._draws.before() if listed and self._draws.none_so_far else None, listed)
-        due = True
-        with row:
-            while due and (row.made or row.goes_on()) and self._step_in_row(row):
-                if row.made == most:
-                    self.stepped = 1
-                    break
-                self.count += 1
-                self.steps += 1
-                due = between()
-        return due
+        with Row(live, self._draws.before() if listed and self._draws.none_so_far else None, listed) as row:
+            return row.steps(most, between)
 
     def _batches_are_listed(self):
         "Whether the batches come from lists, so that no random number is drawn between two steps"
         return self.train_data_loader is None or not self.waiting and all(source.listed for source in self.sources())
-
-    def _step_in_row(self, row):
-        seen, counters = self._path.others.seen(), self._counters()
-        before = row.random or self._draws.before()
-        row.begin(seen)
-        loss = Problem.training_loss(self)
-        random = self._draws.used(before) if row.random is None else None if row.made else before
-        found = row.gradient_of(loss)
-        if not self.config.allow_unused:
-            self._refuse_unused(found)
-        if not row.end(found):
-            if not row.made or row.random is None:
-                before.restore()
-            else:
-                self._draws.used(before)  # from then on, each step keeps its own
-            return False
-        one = Pass(self.batch, seen, counters, random, 1, 1.0, None)
-        self._path.add_step(Step((one,), row.rule.options, None), self._longest_way_back)
-        return True
 
     def add_gradient(self, grads):
         super().add_gradient(grads)
@@ -298,10 +271,10 @@ class IterativeProblem(Problem):
         return moved
 
     def _add_step(self, before):
-        self._path.end_update(self._options, before and self._draws.used(before), self._longest_way_back)
+        self._path.end_update(self._options, before and self._draws.used(before), self.longest_way_back)
 
     @property
-    def _longest_way_back(self):
+    def longest_way_back(self):
         "The number of steps through which hypergradients pass, 0 for all"
         return getattr(self.config.type, "truncate", 0)
 

@@ -12,7 +12,8 @@ import torch
 
 from ..hypergradient.method import Restoring, derivative, pass_back, pass_straight_back, plain, to_the_end, twice_differentiable, undisturbed
 from ..optim import by_formula, deal, have_formula, reading
-from .path import Replay, plain_update, versions
+from .path import Pass, Replay, Step, plain_update, versions
+from .problem import Problem
 
 # %% ../../nbs/core/27_live.ipynb #9d58457f
 class Live:
@@ -81,20 +82,17 @@ class Live:
         rule = self.problem.rule
         if not rule.look():
             return False
-        self.step(rule)
-        self.copy()
+        self.step(rule, self.gradients)
         self.copy_state()
         return True
 
-    def step(self, rule):
-        "Make the step in the graph, with the gradient gathered and the formula of the Rule"
-        self.after, self.after_state = by_formula(rule.formula, rule.optimizer, self.after, self.gradients, self.after_state, rule.options, once=True)
+    def step(self, rule, gradients):
+        "Make the step in the graph, with `gradients` along the parameters and the formula of the Rule, and give the parameters its values"
+        self.after, self.after_state = by_formula(rule.formula, rule.optimizer, self.after, gradients, self.after_state, rule.options, once=True)
         self.steps += 1
-
-    def copy(self):
-        "Give the parameters their values"
-        _copy(self.places.own, self.after)
-        self._versions = versions(self.places.own)
+        own = self.places.own
+        _copy(own, self.after)
+        self._versions = versions(own)
 
     def copy_state(self):
         "Give the optimizer its state"
@@ -142,6 +140,9 @@ def _copy(old, values):
         torch._C._set_grad_enabled(enabled)
 
 # %% ../../nbs/core/27_live.ipynb #86c3dc3f
+_ONE = torch.ones(())
+
+
 class Row(Restoring):
     """A context in which steps are made in a row, the parameters being given their values after each.
 
@@ -150,13 +151,13 @@ class Row(Restoring):
 
     def __init__(self, live, random=None, alone=False):
         self.live, self.problem, self.made, self.random, self.alone = live, live.problem, 0, random, alone
-        self._one, self._plain = torch.ones(()), live.second_order and live.all_trained and plain(tuple(live.after))
+        self._plain = live.second_order and live.all_trained and plain(tuple(live.after))
 
     def _keep(self):
         self.rule = self.problem.rule  # during a pass the level has another optimizer, to look at
         optimizer = self._optimizer = self.problem.optimizer
-        self._buffers, self._before_pass = [dict(m._buffers) for m in self.live.places.buffered], []
-        self._reading, self._seen = reading(optimizer, self.live.after), None
+        self._buffers = [dict(m._buffers) for m in self.live.places.buffered]
+        self._reading = reading(optimizer, self.live.after)
         self._kernels = self.live._kernels()
 
     def _change(self):
@@ -169,51 +170,69 @@ class Row(Restoring):
             self.live.copy_state()
             self._optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
 
-    def goes_on(self):
-        "Whether the next step can be made here: nobody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula"
-        return self.rule.look() and self.live.untouched()
-
-    def begin(self, seen):
-        "Put the tensors of the graph, and of the other levels as they were `seen`, into place for a pass"
-        live, places = self.live, self.live.places
-        if places.buffered:
-            self._before_pass = [dict(m._buffers) for m in places.buffered]
-            places.clone_buffers()
-        if seen is self._seen:
-            places.put_own(live.after)
-        else:
-            places.put(live.after, live.inputs(seen))
-        deal(self._reading.param_groups, live.after)
-        self.problem.optimizer, self._seen = self._reading, seen if self.alone else None
-
-    def gradient_of(self, loss):
-        "The gradient of `loss`, a list along the trained parameters"
-        live, one = self.live, self._one
-        if not self._plain or type(loss) is not torch.Tensor or not loss.is_floating_point():
-            return live.gradient_of(loss)
-        if one.dtype != loss.dtype or one.device != loss.device:
-            one = self._one = torch.ones_like(loss)
-        return pass_straight_back([loss], live.after, [one], True, True)
-
-    def end(self, found):
-        "Make the step with the gradient `found`; False, as if the pass had not been made, where its own code has chosen options without a formula"
-        live = self.live
-        if not self.alone:
-            self.problem.optimizer = self._optimizer
-            live.places.put_back()
-        if not self.goes_on():
-            for module, buffers in zip(live.places.buffered, self._before_pass):
-                module._buffers.update(buffers)
-            return False
-        if live.all_trained:
-            live.gradients = found
-        else:
-            live.begin_update()
-            live.add(found)
-        live.step(self.rule)
-        live.copy()
-        self.made += 1
+    def steps(
+        self,
+        most,  # how many
+        between,  # function(draw), called after each but the last: it counts the step and draws the next batch; False where it has refused to
+    ):
+        "Make steps, each on the batch drawn last. False where `between` has refused, so that no step is due; `problem.stepped` says whether one has been made"
+        problem, live, places, rule, alone = self.problem, self.live, self.live.places, self.rule, self.alone
+        path, own, buffered, groups, allow_unused = problem._path, places.own, places.buffered, self._reading.param_groups, problem.config.allow_unused
+        draw, longest, in_place, buffers = problem.drawing() if alone else problem.draw, problem.longest_way_back, None, ()  # in_place: copies of other levels' parameters
+        goes_on = rule.look() and live.untouched()
+        while goes_on:
+            seen, counters, before, after = path.others.seen(), problem.counters(), self.random or problem._draws.before(), live.after
+            if buffered:
+                buffers = [dict(m._buffers) for m in buffered]
+                places.clone_buffers()
+            if seen is in_place:
+                places.put_own(after)
+            else:
+                places.put(after, live.inputs(seen))
+            deal(groups, after)
+            problem.optimizer = self._reading
+            loss, problem.metrics = problem.evaluate(problem.batch)
+            problem.last_loss = loss.detach()
+            random = problem._draws.used(before) if self.random is None else None if self.made else before
+            if self._plain and type(loss) is torch.Tensor and loss.dtype is _ONE.dtype and loss.is_cpu:
+                found = pass_straight_back((loss,), after, (_ONE,), True, True)
+            else:
+                found = live.gradient_of(loss)
+            if not allow_unused:
+                problem._refuse_unused(found)
+            if alone:
+                in_place = seen
+            else:
+                problem.optimizer = self._optimizer
+                places.put_back()
+            goes_on = rule.look() and live.untouched()
+            if not goes_on:  # nobody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula; else it is as if the pass had not been made
+                for module, before_pass in zip(buffered, buffers):
+                    module._buffers.update(before_pass)
+                self._forget(before)
+                break
+            if not live.all_trained:
+                live.begin_update()
+                live.add(found)
+                found = live.gradients
+            live.step(rule, found)
+            self.made += 1
+            path.add_step(Step((Pass(problem.batch, seen, counters, random, 1, 1.0, None),), rule.options, None), longest)
+            if self.made == most:
+                problem.stepped = 1
+                break
+            problem.count += 1
+            problem.steps += 1
+            if not between(draw):
+                return False
         return True
+
+    def _forget(self, before):
+        "After a pass that counts for nothing: the random numbers of `before`"
+        if not self.made or self.random is None:
+            before.restore()
+        else:
+            self.problem._draws.used(before)  # from then on, each step keeps its own
 
 # %% ../../nbs/core/27_live.ipynb #fd1f912c
 def can_live(problem):

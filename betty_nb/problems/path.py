@@ -8,6 +8,7 @@ __all__ = ['Pass', 'Step', 'Start', 'Stretch', 'Layout', 'Others', 'versions', '
 
 # %% ../../nbs/core/25_path.ipynb #7181260a
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -81,8 +82,7 @@ class Layout:
         problem,
         others=None,  # list of tensors, those of the other levels at an earlier time; None for those of now
     ):
-        self.problem, self._ids = problem, _ids(problem)
-        self.modules, self.own = problem.all_modules(), problem.optimized()
+        self.problem, self.modules, self.own = problem, problem.all_modules(), problem.optimized()
         place = {id(p): i for i, p in enumerate(self.own)}
         self.trained = [place[id(p)] for p in problem.trainable_parameters()]
         elsewhere = [q for q in problem.levels() if q is not problem]
@@ -95,52 +95,57 @@ class Layout:
         self.own_slots = [(table, name, i - n) for table, name, i, _ in self.slots if i >= n]
         self.placed = {id(p) for _, _, _, p in self.slots}  # those of the parameters that some module holds
         self.recurrent = [m for m in self.modules if m.__dict__.get("_flat_weights") is not None]  # which keep a second list of their parameters
+        self._ids = self._present_ids()
 
     def holds(self):
         "Whether everything is where it was"
-        return _ids(self.problem) == self._ids
+        return self._present_ids() == self._ids
+
+    def _present_ids(self):
+        "Those of the modules, of the parameters in them, trained, and in the optimizer"
+        levels, tables = self.problem.levels(), [*map(_parameters, self.modules)]
+        inside = chain.from_iterable(map(dict.values, map(_modules, self.modules)))
+        trained = chain.from_iterable([q.trainable_parameters() for q in levels])
+        held = chain.from_iterable(map(dict.values, tables))
+        return [*map(id, chain(map(_module, levels), inside, tables, held))], [*map(id, chain(trained, self.problem.optimized()))]
 
 
-def _ids(problem):
-    "Those of the modules, and of the parameters in them, in the optimizers, and trained"
-    modules = problem.all_modules()
-    held = [[id(m._parameters), *map(id, m._parameters.values())] for m in modules]
-    trained = [list(map(id, q.trainable_parameters())) for q in problem.levels()]
-    return list(map(id, modules)), held, trained, list(map(id, problem.optimized()))
+_module, _modules, _parameters = attrgetter("module"), attrgetter("_modules"), attrgetter("_parameters")
 
 # %% ../../nbs/core/25_path.ipynb #565529b3
 class Others:
     "The parameters of the other levels, as this one sees them"
 
     def __init__(self, tensors):
-        self.tensors, self.marks, self.copies = tensors, [None] * len(tensors), (None,) * len(tensors)
+        self.tensors, self.copies = tensors, (None,) * len(tensors)
+        self.versions = self.places = [None] * len(tensors)  # how often each had changed when it was copied, and where its numbers were
 
     def seen(self):
         "A copy of each, the same as last time where it has not changed"
-        marks = self._present()
-        if marks != self.marks:
-            pairs = zip(self.tensors, self.copies, marks, self.marks)
-            self.copies = tuple(c if new == old else t.detach().clone() for t, c, new, old in pairs)
-            self.marks = marks
+        versions, places = [*map(_version, self.tensors)], [*map(_place, self.tensors)]
+        if versions != self.versions or places != self.places:
+            self.copies = tuple(c if same else t.detach().clone() for t, c, same in zip(self.tensors, self.copies, self._unchanged()))
+            self.versions, self.places = versions, places
         return self.copies
 
     def forget(self):
         "Copy all of them the next time"
-        self.marks = [None] * len(self.tensors)
+        self.versions = [None] * len(self.tensors)
 
     def kept(self):
         "What `restored` needs, once the tensors themselves are back"
-        return self.copies, [new == old for new, old in zip(self._present(), self.marks)]
+        return self.copies, self._unchanged()
 
     def restored(self, kept):
         copies, unchanged = kept
         new = Others(self.tensors)
         new.copies = copies
-        new.marks = [mark if same else None for mark, same in zip(self._present(), unchanged)]
+        now = map(_version, self.tensors), map(_place, self.tensors)
+        new.versions, new.places = ([mark if same else None for mark, same in zip(marks, unchanged)] for marks in now)
         return new
 
-    def _present(self):
-        return list(zip(versions(self.tensors), map(torch.Tensor.data_ptr, self.tensors)))
+    def _unchanged(self):
+        return [_version(t) == old and _place(t) == place for t, old, place in zip(self.tensors, self.versions, self.places)]
 
 
 def versions(tensors):
@@ -148,7 +153,7 @@ def versions(tensors):
     return list(map(_version, tensors))
 
 
-_version = attrgetter("_version")
+_version, _place = attrgetter("_version"), torch.Tensor.data_ptr
 
 # %% ../../nbs/core/25_path.ipynb #da41cb2b
 class Draws:

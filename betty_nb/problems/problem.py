@@ -85,12 +85,9 @@ class Source:
 
     def begin(self):
         "Start a pass"
-        if self.listed:
-            self._iterator, self.given = iter(self.loader), 0
-        else:
-            self.began = RandomState(torch_only=self.epoch >= self.learning and not self.slow), states_of(self.loader)
-            self._iterator, self.given = iter(self.loader), 0
-            end_in_time(self._iterator)
+        self.began = RandomState(torch_only=self.epoch >= self.learning and not self.slow), states_of(self.loader)
+        self._iterator, self.given = iter(self.loader), 0
+        end_in_time(self._iterator)
 
     def next(self):
         "The pair (batch, whether a new pass through the loader began with it)"
@@ -103,13 +100,17 @@ class Source:
 
     def _first(self):
         "The first batch of a new pass"
+        if self.listed and self.loader:
+            self.epoch += self._iterator is not None
+            self._iterator, self.given = iter(self.loader), 0
+            return next(self._iterator)
         if self._iterator is not None and self._iterator is not self.loader:
             self._iterator, self.epoch = None, self.epoch + 1
         if self._iterator is None:
             self.begin()
             batch = next(self._iterator, _ENDED)
             if batch is not _ENDED:
-                if not self.listed and self.began[0].python is not None:
+                if self.began[0].python is not None:
                     self.slow |= not self.began[0].same_outside_torch(RandomState())
                 return batch
         raise RuntimeError(
@@ -300,7 +301,7 @@ class Problem:
         if count != len(attributes) or names and not attributes.keys() >= names:
             names, self._assigned = attributes.keys() - self._ours - self._siblings.keys(), None
             self._own_names = len(attributes), names
-        return {k: attributes[k] for k in names}
+        return {k: attributes[k] for k in names} if names else {}
 
     @property
     def assigned(self):
@@ -404,6 +405,21 @@ class Problem:
         self.batch = self.reader()
         self.drawn += 1
 
+    def drawing(self):
+        "`draw`, or where each batch is the next one of a list, without code of the user's, a function that does the same in half the time"
+        sources = () if self.train_data_loader is None or self.waiting or self.reader != self.fetch else self.sources()
+        if len(sources) != 1 or not sources[0].listed:
+            return self.draw
+
+        def draw(source=sources[0]):
+            if self._sources is not sources:  # another loader has been set
+                return self.draw()
+            batch = source.next()[0]
+            self.batch = batch if batch is self.batch else to_device(batch, self.device)  # the same again is in its place
+            self.drawn += 1
+
+        return draw
+
     def peek(self):
         "A batch to look at the level with: the one drawn last, else the first one, which stays to be drawn; None where there is none"
         if self.batch is not None or self.train_data_loader is None:
@@ -476,7 +492,7 @@ class Problem:
         "The pair (loss on `batch`, a scalar tensor with its graph; the other entries of its dictionary), computed in the level's precision"
         self._evaluations += 1
         try:
-            if self.autocast is None:
+            if self.config.precision == "fp32":
                 result = self.training_step(batch) if self._takes_batch else self.training_step()
             else:
                 with torch.autocast(self.device.type, self.autocast):
@@ -485,6 +501,8 @@ class Problem:
             if self.kind == "iterative" and "deepcopy protocol" in str(error):
                 raise RuntimeError(_DEEPCOPY.format(name=self.name)) from error
             raise
+        if type(result) is torch.Tensor and not result.dim() and result.requires_grad:
+            return result, {}
         return self._split(result)
 
     def loss(self):
@@ -493,8 +511,8 @@ class Problem:
 
     def training_loss(self):
         "As `loss`, and remembered as the level's last one together with the other entries of its dictionary"
-        loss, metrics = self.evaluate(self.batch)
-        self.last_loss, self.metrics = loss.detach(), metrics
+        loss, self.metrics = self.evaluate(self.batch)
+        self.last_loss = loss.detach()
         return loss
 
     def _split(self, result):
