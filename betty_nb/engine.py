@@ -404,6 +404,8 @@ class Engine:
     def _lend_batches(self, p):
         "Let the levels below `p` that have drawn no batch yet, which are returned, look at their first one"
         early = [q for q in self.problems if q.batch is None and q._takes_batch and q.train_data_loader is not None]
+        if not early:
+            return early
         early = [q for q in early if q.name in self.graph.below(p.name) and q.name in self.graph.solved]
         batches = [q.peek() for q in early]
         if any(batch is None for batch in batches):

@@ -69,6 +69,7 @@ class Sweep:
         self.flow = graph.flow(source, targets, self.total)
         self.theta = {j: list(problems[j].meta_trainable_parameters()) for j in self.flow}
         self.theta.update({t: list(problems[t].trainable_parameters()) for t in targets})
+        self.modules = [p.module for p in problems.values() if p.module is not None]
         self.passages = {}
 
     def _hessian(self, problem):
@@ -90,15 +91,19 @@ class Sweep:
 
     def seed(self, loss=None):
         "The direct part, and for each lower level the derivative of the loss with respect to its parameters (None where it does not appear)"
-        below = [j for j in self.flow if j in self.graph.lower(self.source)]
-        loss = self.problems[self.source].loss() if loss is None else loss
-        wanted = [*self.targets, *below]
-        scale = getattr(self.problems[self.source], "loss_scale", 1.0)
-        inputs = [p for k in wanted for p in self.theta[k]]
-        flat = iter(self.processes.mean(derivative(loss, inputs, scale=scale), inputs))
-        grads = {k: [next(flat) for _ in self.theta[k]] for k in wanted}
-        direct = {t: zeros(grads[t], self.theta[t]) for t in self.targets}
-        return direct, {j: add(None, grads[j]) if j in below else None for j in self.flow}
+        source, theta, lower = self.problems[self.source], self.theta, self.graph.lower(self.source)
+        wanted = [*self.targets, *[j for j in self.flow if j in lower]]
+        loss = source.loss() if loss is None else loss
+        inputs = [p for k in wanted for p in theta[k]]
+        found = self.processes.mean(derivative(loss, inputs, scale=getattr(source, "loss_scale", 1.0)), inputs)
+        direct, adjoints, begin = {}, dict.fromkeys(self.flow), 0
+        for k in wanted:
+            part, begin = found[begin : begin + len(theta[k])], begin + len(theta[k])
+            if k in self.targets:
+                direct[k] = zeros(part, theta[k])
+            else:
+                adjoints[k] = add(None, part)
+        return direct, adjoints
 
     def pull_back(self, j, adjoint):
         "The Passage through level `j`, and what leaves it as {name: list of tensors or None}"
@@ -112,8 +117,7 @@ class Sweep:
             local = self.linearize(j, method)
             parts, solve = method.pull_back(local, vector)
         else:
-            modules = [p.module for p in self.problems.values()]
-            with undisturbed(modules, torch_only=True, problems=self.problems.values()), twice_differentiable() if method.second_order else nullcontext():
+            with undisturbed(self.modules, torch_only=True, problems=self.problems.values()), twice_differentiable() if method.second_order else nullcontext():
                 local = self.linearize(j, method)
                 parts, solve = method.pull_back(local, vector)
         hessian = "total" if j in self.total else "direct"
@@ -125,8 +129,7 @@ class Sweep:
         start_from = problem.solutions.get((self.source, method.name)) if method.warm_start else None
         if j in self.total:
             return TotalLinearization(self, j, wrt, start_from)
-        modules = [p.module for p in self.problems.values()]
-        return Linearization(problem.loss, self.theta[j], wrt, j, problem, start_from, modules, getattr(problem, "loss_scale", 1.0), self.final)
+        return Linearization(problem.loss, self.theta[j], wrt, j, problem, start_from, self.modules, getattr(problem, "loss_scale", 1.0), self.final)
 
 
 def zeros(tensors, like):
@@ -136,7 +139,7 @@ def zeros(tensors, like):
 
 def add(total, tensors):
     "The sum of two lists of tensors in which None counts as zero; None when there is nothing to add up"
-    if all(t is None for t in tensors):
+    if all([t is None for t in tensors]):
         return total
     if total is None:
         return list(tensors)

@@ -22,7 +22,7 @@ class TotalLinearization(Linearization):
         start=None,  # (n,) what the method found the last time, for a warm start
     ):
         problem = sweep.problems[level]
-        super().__init__(problem.loss, sweep.theta[level], wrt, level, problem, start, [p.module for p in sweep.problems.values()])
+        super().__init__(problem.loss, sweep.theta[level], wrt, level, problem, start, sweep.modules)
         self.sweep, self.level, self.start_of_pass = sweep, level, Moment(sweep.problems.values())
         self.inner = type(sweep)(sweep.graph, sweep.problems, level, (level, *wrt), sweep.methods, sweep.hessian)
         self.inner.theta.update({level: self.theta, **wrt})

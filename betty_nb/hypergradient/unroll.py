@@ -30,7 +30,7 @@ class _Through(Method):
 
     def pull_back(self, level, vector):
         path = level.problem.path
-        if path is None or not len(path):
+        if not path:
             advice = "The level has made no step in its present unroll yet, so nothing depends on the upper levels: let it run."
             return {x: [None] * len(tensors) for x, tensors in level.wrt.items()}, Solve(trouble={"no steps": (True, advice)})
         wanted = [t for tensors in level.wrt.values() for t in tensors]
@@ -51,7 +51,10 @@ class _Through(Method):
     @staticmethod
     def _along(vector, theta, own):
         "The vector, given along `theta`, as a list along `own`"
-        pieces = {id(t): v for t, v in zip(theta, unflatten(vector, theta))}
+        pieces = unflatten(vector, theta)
+        if [*map(id, theta)] == [*map(id, own)]:
+            return pieces
+        pieces = {id(t): v for t, v in zip(theta, pieces)}
         return [pieces[id(p)] if id(p) in pieces else torch.zeros_like(p) for p in own]
 
     def _trouble(self, path, fine, deviations):
@@ -94,8 +97,8 @@ class Unroll(_Through):
     def _pulled(self, replay, adjoint, wanted, final):
         stretches = replay.path.stretches
         ends = [s.start.parameters for s in stretches[1:]] + [replay.own]
-        total = {id(t): None for t in wanted}
-        state, deviations, left = None, [], self.truncate or len(replay.path)
+        total, steps = dict.fromkeys(map(id, wanted)), self.truncate or len(replay.path)
+        state, deviations, left = None, [], steps
         for stretch, end in zip(reversed(stretches), reversed(ends)):
             first = max(0, len(stretch.steps) - left)
             left -= len(stretch.steps) - first
@@ -107,7 +110,7 @@ class Unroll(_Through):
                 self._beginning(replay, adjoint, wanted, total)
             if not left:
                 break
-        return [total[id(t)] for t in wanted], deviations, (self.truncate or len(replay.path)) - left
+        return [total[id(t)] for t in wanted], deviations, steps - left
 
     def _stretch(self, replay, stretch, first, end, adjoint, state_adjoint, wanted, total, further, final):
         "Pull the adjoint of the end of a stretch back to its beginning (only if there is something `further` back) or its step `first`; adds to `total`"
@@ -120,8 +123,10 @@ class Unroll(_Through):
         pairs = [(t, v) for t, v in zip(live.after, adjoint) if t.requires_grad]
         for part, adjoints in zip(live.after_state, state_adjoint or ()):
             pairs += [(part[k], v) for k, v in adjoints.items() if v is not None and k in part and part[k].requires_grad]
-        leaves = [p for p in live.parameters if p.requires_grad and further]
-        numbers = [v for part in live.state for v in part.values() if isinstance(v, torch.Tensor) and v.requires_grad and further]
+        leaves, numbers = [], []
+        if further:
+            leaves = [p for p in live.parameters if p.requires_grad]
+            numbers = [v for part in live.state for v in part.values() if isinstance(v, torch.Tensor) and v.requires_grad]
         others = [(t, p) for t, p in live.inputs.made if id(p) in total] + [(t, t) for t in wanted if id(t) not in replay.placed]
         grads = iter(self._grad(replay, pairs, [*leaves, *numbers, *(t for t, _ in others)], again=stretch.live is not None and made_before))
         before, before_state = [], []

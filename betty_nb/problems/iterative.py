@@ -117,16 +117,16 @@ class IterativeProblem(Problem):
 
     def start_unroll(self):
         path = Path(self)
-        own = self.optimized()
         found = {}
         if own_hook(self, "on_inner_loop_start"):
-            with Copies(own, path.others.tensors) as copies:
+            with Copies(path.layout.own, path.others.tensors) as copies:
                 self.on_inner_loop_start()
             found, path.layout = copies.found, self.layout()
-        chosen = self.initial_tensors()
-        with torch.no_grad():
-            for i, tensor in chosen.items():
-                own[i].copy_(tensor)
+        if chosen := self.initial_tensors():
+            own = self.optimized()
+            with torch.no_grad():
+                for i, tensor in chosen.items():
+                    own[i].copy_(tensor)
         path.copied = {i: source for i, source in found.items() if i not in chosen}
         path.first = path.others.seen()
         self._go_on_with(path)
@@ -236,7 +236,7 @@ class IterativeProblem(Problem):
         self._make_room()
         live, stretch = self._present_graph(), self._path.stretches[-1]
         most = min(most, stretch.length - len(stretch.steps))
-        if live is None or most < 2:
+        if live is None:
             return True
         listed = self._batches_are_listed()
         with Row(live, self._draws.before() if listed and self._draws.none_so_far else None, listed) as row:

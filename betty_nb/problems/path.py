@@ -216,7 +216,7 @@ class Path:
         self.copied, self.first = {}, ()  # where the first parameters were copied from, and what was seen then
 
     def __len__(self):
-        return sum(len(s.steps) for s in self.stretches)
+        return sum([len(s.steps) for s in self.stretches])
 
     @property
     def needs_room(self):
