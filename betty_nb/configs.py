@@ -83,6 +83,7 @@ class Config(Options):
     compile: object = choice(False, "trace the level and run its descents and Hessian-vector products as compiled code: True as soon as that pays, 'now' at the first chance; what can't be "
                              "compiled (a level with a hypergradient of its own or an IterativeProblem, precision='fp16', several processes, a training_step that can't be traced) is said and "
                              "goes on as usual", False, True, "now")  # fmt: skip
+    cuda_graphs: bool = option(False, "with `compile`, on a GPU: replay the compiled step and products as CUDA graphs, which pays for small levels; written, but not tried on a GPU yet")
     initial_dynamic_scale: float = option(4096.0, "first loss scale of fp16", above=0.0)
     scale_factor: float = option(2.0, "the loss scale of fp16 is divided by this when it overflows, and multiplied after 2000 updates that did not", above=1.0)
     darts_multitask: bool = option(False, "for type='darts': each hypergradient also moves the level down the upper loss, by darts_alpha")

@@ -17,6 +17,7 @@ from betty_nb.benchmarks.by_hand import by_hand
 from betty_nb.benchmarks.measure import Program, interleaved
 from betty_nb.benchmarks.workloads import workload
 from betty_nb.hypergradient.method import Linearization, twice_differentiable, undisturbed
+from betty_nb.problems import compiled as code
 from betty_nb.problems.compiled import Account, Compiled, Compiler, CompileWarning, Steps
 from tests.programs import BOTH, Vector, bits, noisy_program, pair, ridge_program
 from tests.repo import ROOT, child_env
@@ -868,3 +869,39 @@ def test_a_debugger_looks_at_compiled_levels():
         methods = debugger.compare("outer", ["cg", "neumann", "darts"])
         assert all(row.error is not None for row in methods.rows), methods
     assert apart(*found) < 1e-6
+
+
+# CUDA graphs; that they are replayed is in test_cuda
+
+
+@compiler
+@pytest.mark.parametrize("graphs", [False, True])
+def test_what_a_graph_returns_is_copied_and_what_it_writes_to_stays_in_place(graphs):
+    engine = program(optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+    engine.run(2)
+    inner, said = engine.inner, []
+    theta = inner.trainable_parameters()
+    compiled = code.Program(code.hessian_product, said.append, graphs=graphs)
+    v = torch.randn(sum(p.numel() for p in theta), dtype=theta[0].dtype)
+    (first,), (second,) = (compiled(inner, inner.batch, None, theta, scale * v) for scale in (1, 2))
+    assert not said and compiled.variants == 1
+    assert torch.allclose(2 * first, second) and first.data_ptr() != second.data_ptr()
+    assert {hasattr(inner.optimizer.state[p]["exp_avg"], "_dynamo_static_input_type") for p in theta} == {graphs}  # torch marks parameters by itself
+
+
+@compiler
+def test_a_graph_that_cannot_be_recorded_is_said_and_the_level_goes_on(monkeypatch):
+    engine = program(compile="now", cuda_graphs=True)
+    engine.run(3)
+    step = engine.inner.compiled.programs["step"]
+    assert not step.graphs and step.variants  # on the CPU there is none
+    step.graphs = True
+
+    def fails(*args):
+        raise RuntimeError("CUDAGraph capture was invalidated")
+
+    step._compiled = fails
+    monkeypatch.setattr(engine.inner.compiled, "program", lambda *args: step)
+    with pytest.warns(CompileWarning, match="its CUDA graph could not be recorded or replayed .CUDAGraph capture was invalidated.: set Config.cuda_graphs=False."):
+        engine.run(4)
+    assert engine.inner.steps == 7

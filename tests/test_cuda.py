@@ -92,6 +92,22 @@ def test_compiled_levels_on_the_gpu(method):
     assert torch.allclose(found[True], found[False], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ["cg", "darts"])
+def test_cuda_graphs_give_the_numbers_of_the_usual_way(method):
+    from torch._dynamo.utils import counters
+
+    found = {}
+    counters.clear()
+    for graphs in (False, True):
+        engine = program("gpu", method)
+        engine.inner.config.compile, engine.inner.config.cuda_graphs = graphs and "now", graphs
+        engine.run(40)
+        found[graphs] = torch.cat([p.detach().reshape(-1) for q in engine.problems for p in q.parameters()])
+    assert engine.inner.compiled.programs["step"].graphs and engine.inner.compiled.programs["step"].open
+    assert not counters["inductor"]["cudagraph_skips"], "the step was compiled, but not recorded"
+    assert torch.allclose(found[True], found[False], rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"amsgrad": True}], ids=str)
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
 def test_a_quick_step_on_the_gpu_has_the_bits_of_the_optimizer(make, options):

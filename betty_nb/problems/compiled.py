@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from ..hypergradient.method import Attributes, RandomState, flatten, nodes_of, twice_differentiable, unflatten
 from ..optim import observed
@@ -130,15 +131,16 @@ class Program:
         function,
         say,  # function that is told why something could not be compiled
         expected=0.0,  # seconds that compiling is expected to take, 0 for unknown
+        graphs=False,  # whether a GPU replays it as a CUDA graph
     ):
         from torch._dynamo import config
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         # torch keeps what it has compiled with the code object, and looks through all of it at each call: every program gets one of its own.
         own = types.FunctionType(function.__code__.replace(co_name=f"{function.__name__}_compiled"), function.__globals__)
-        self._run = torch.compile(own, backend=_backend, fullgraph=True)
+        self._compiled = torch.compile(own, backend=_graph_backend if graphs else _backend, fullgraph=True)
         self._config, self._misses = config, (FailOnRecompileLimitHit, TorchDynamoException)
-        self.say, self.expected = say, expected
+        self.say, self.expected, self.graphs = say, expected, graphs
         self.seconds, self.variants = 0.0, 0  # seconds: spent on compiling, first runs included
         self.open = True  # whether more variants may be compiled
         self.random = False  # whether it draws numbers of Python's or NumPy's generator
@@ -162,6 +164,20 @@ class Program:
             return self._run(*args)
         except self._misses:  # a trace without the settings of `_compile` ends at the first derivative
             return self._compile(args)
+        except RuntimeError as error:
+            if not self.graphs or "graph" not in str(error).lower():
+                raise
+            self.open, self.variants = False, 0  # it is recorded at the second call, and nothing is computed then
+            self.say(f"its CUDA graph could not be recorded or replayed ({str(error).splitlines()[0]}): set Config(cuda_graphs=False)")
+            return None
+
+    def _run(self, *args):
+        "What the compiled code returns. A CUDA graph writes it to the same memory at each call, so it is copied"
+        if not self.graphs:
+            return self._compiled(*args)
+        _mark_in_place(args[0])
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, self._compiled(*args))
 
     def _known(self, args):
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -258,7 +274,21 @@ def _uncounted(problem):
             setattr(owner, name, value)
 
 
-def _backend(graph, inputs):
+def _mark_in_place(problem):
+    "Tell torch which tensors stay where they are and are written to there, so that a CUDA graph takes them as they are instead of a copy"
+    tensors = [t for q in problem.engine.problems if q.module is not None for t in (*q.module.parameters(), *q.module.buffers())]
+    states = problem.optimizer.state.values() if problem.optimizer is not None else ()
+    for t in (*tensors, *(v for state in states for v in state.values())):
+        if isinstance(t, torch.Tensor) and t.device.type == problem.device.type and not hasattr(t, "_dynamo_static_input_type"):
+            torch._dynamo.mark_static_address(t, guard=False)
+
+
+def _graph_backend(graph, inputs):
+    "The same, replayed as a CUDA graph where it runs on a GPU"
+    return _backend(graph, inputs, {"triton.cudagraphs": True})
+
+
+def _backend(graph, inputs, options=None):
     "torch's inductor, told to compute what is the same in every run"
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import decompositions
@@ -268,7 +298,7 @@ def _backend(graph, inputs):
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        return compile_fx(graph, inputs, config_patches={"fallback_random": True}, decompositions=table)
+        return compile_fx(graph, inputs, config_patches={"fallback_random": True, **(options or {})}, decompositions=table)
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warn)
 
@@ -539,11 +569,13 @@ class Compiled:
 
     def program(self, name, function, steps=1):
         "The Program called `name`, of `function`"
-        if name not in self.programs:
+        config, device = self.problem.config, self.problem.device
+        graphs = config.cuda_graphs and device.type == "cuda" and name not in ("own", "upper")  # whose parameters are displaced, so elsewhere each time
+        if name not in self.programs or self.programs[name].graphs != graphs:
             weight = max((account.size[1] for account in self.accounts.values() if account.size), default=0)
             expected = Compiler.each * weight * (0.5 if name == "mixed" else steps)
             one_by_one = partial(self.say, what="makes its compiled steps one at a time, not several in one call")
-            self.programs[name] = Program(function, self.say, expected) if steps == 1 else Steps(function, one_by_one, expected)
+            self.programs[name] = Program(function, self.say, expected, graphs) if steps == 1 else Steps(function, one_by_one, expected, graphs)
         return self.programs[name]
 
     def rests(self, name):

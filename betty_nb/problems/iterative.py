@@ -236,7 +236,7 @@ class IterativeProblem(Problem):
         self._make_room()
         live, stretch = self._present_graph(), self._path.stretches[-1]
         most = min(most, stretch.length - len(stretch.steps))
-        if live is None:
+        if live is None or most < 2:
             return True
         listed = self._batches_are_listed()
         with Row(live, self._draws.before() if listed and self._draws.none_so_far else None, listed) as row:
