@@ -521,10 +521,14 @@ def quick_step(optimizer):
             return False
         if lists[0]:
             steps.append((group, lists))
-    with torch.no_grad():
+    enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # as torch.no_grad does it, in a third of the time
+    try:
         for group, lists in steps:
             for part in _parts(lists):
                 rule(group, *part)
+    finally:
+        torch._C._set_grad_enabled(enabled)
     optimizer._opt_called = True  # what a scheduler asks, to warn of steps in the wrong order
     return True
 

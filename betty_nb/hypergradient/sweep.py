@@ -34,12 +34,20 @@ class Hypergradient:
     "The hypergradient of one level, in its parts; all lists run along the level's trainable parameters"
 
     level: str
-    direct: list  # tensors: the gradient of the level's own loss with the lower levels held fixed
+    own: list  # tensors: the gradient of the level's own loss with the lower levels held fixed; None where it does not use a parameter
     indirect: list  # tensors: what arrives through the lower levels
     passages: dict = field(default_factory=dict)  # {name of a lower level: Passage}
 
     @property
+    def direct(self):
+        "`own`, with zeros for None"
+        return zeros(self.own, self.indirect)
+
+    @property
     def total(self):
+        "The sum, tensors of its own"
+        if all([t is None for t in self.own]):
+            return [t.clone() for t in self.indirect]
         return list(torch._foreach_add(self.direct, self.indirect))
 
 # %% ../../nbs/core/05_sweep.ipynb #08cc63a5
@@ -54,8 +62,8 @@ def hypergradient(
 ):
     "The Hypergradient of `level` at the present parameters and batches. The lower levels notice nothing of it."
     sweep = Sweep(graph, problems, level, (level,), methods, hessian, final)
-    direct, indirect = sweep.run(loss)
-    return Hypergradient(level, direct[level], indirect[level], sweep.passages)
+    own, indirect = sweep.parts(loss)
+    return Hypergradient(level, own[level], indirect[level], sweep.passages)
 
 
 class Sweep:
@@ -78,7 +86,12 @@ class Sweep:
 
     def run(self, loss=None):
         "The pair (direct, indirect) of {target: list of tensors}"
-        direct, adjoints = self.seed(loss)
+        own, indirect = self.parts(loss)
+        return {t: zeros(own[t], self.theta[t]) for t in self.targets}, indirect
+
+    def parts(self, loss=None):
+        "The same, the direct part with None where the loss does not use a parameter"
+        own, adjoints = self.seed(loss)
         indirect = dict.fromkeys(self.targets)
         for j in self.flow:
             if adjoints[j] is None:
@@ -87,23 +100,23 @@ class Sweep:
             for x, tensors in parts.items():
                 into = indirect if x in self.targets else adjoints
                 into[x] = add(into[x], tensors)
-        return direct, {t: zeros(indirect[t], self.theta[t]) for t in self.targets}
+        return own, {t: zeros(indirect[t], self.theta[t]) for t in self.targets}
 
     def seed(self, loss=None):
-        "The direct part, and for each lower level the derivative of the loss with respect to its parameters (None where it does not appear)"
+        "The direct part (None where the loss does not use a parameter), and for each lower level the derivative of the loss with respect to its parameters (None where it does not appear)"
         source, theta, lower = self.problems[self.source], self.theta, self.graph.lower(self.source)
         wanted = [*self.targets, *[j for j in self.flow if j in lower]]
         loss = source.loss() if loss is None else loss
         inputs = [p for k in wanted for p in theta[k]]
         found = self.processes.mean(derivative(loss, inputs, scale=getattr(source, "loss_scale", 1.0)), inputs)
-        direct, adjoints, begin = {}, dict.fromkeys(self.flow), 0
+        own, adjoints, begin = {}, dict.fromkeys(self.flow), 0
         for k in wanted:
             part, begin = found[begin : begin + len(theta[k])], begin + len(theta[k])
             if k in self.targets:
-                direct[k] = zeros(part, theta[k])
+                own[k] = part
             else:
                 adjoints[k] = add(None, part)
-        return direct, adjoints
+        return own, adjoints
 
     def pull_back(self, j, adjoint):
         "The Passage through level `j`, and what leaves it as {name: list of tensors or None}"
