@@ -13,7 +13,6 @@ import torch
 from ..hypergradient.method import Restoring, derivative, pass_back, pass_straight_back, plain, to_the_end, twice_differentiable, undisturbed
 from ..optim import by_formula, deal, have_formula, reading
 from .path import Pass, Replay, Step, plain_update, versions
-from .problem import Problem
 
 # %% ../../nbs/core/27_live.ipynb #9d58457f
 class Live:
@@ -140,7 +139,7 @@ def _copy(old, values):
         torch._C._set_grad_enabled(enabled)
 
 # %% ../../nbs/core/27_live.ipynb #86c3dc3f
-_ONE = torch.ones(())
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 class Row(Restoring):
@@ -177,8 +176,9 @@ class Row(Restoring):
     ):
         "Make steps, each on the batch drawn last. False where `between` has refused, so that no step is due; `problem.stepped` says whether one has been made"
         problem, live, places, rule, alone = self.problem, self.live, self.live.places, self.rule, self.alone
-        path, own, buffered, groups, allow_unused = problem._path, places.own, places.buffered, self._reading.param_groups, problem.config.allow_unused
-        draw, longest, in_place, buffers = problem.drawing() if alone else problem.draw, problem.longest_way_back, None, ()  # in_place: copies of other levels' parameters
+        path, buffered, groups, allow_unused = problem._path, places.buffered, self._reading.param_groups, problem.config.allow_unused
+        draw, longest = problem.drawing() if alone else problem.draw, problem.longest_way_back
+        in_place, buffers = None, ()  # in_place: what stands for the parameters of other levels now
         goes_on = rule.look() and live.untouched()
         while goes_on:
             seen, counters, before, after = path.others.seen(), problem.counters(), self.random or problem._draws.before(), live.after
@@ -206,7 +206,7 @@ class Row(Restoring):
                 problem.optimizer = self._optimizer
                 places.put_back()
             goes_on = rule.look() and live.untouched()
-            if not goes_on:  # nobody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula; else it is as if the pass had not been made
+            if not goes_on:  # somebody has changed a parameter, asked to see the optimizer's steps, or chosen an option without a formula: as if it had not been
                 for module, before_pass in zip(buffered, buffers):
                     module._buffers.update(before_pass)
                 self._forget(before)
