@@ -19,7 +19,7 @@ from .configs import EngineConfig
 from .distributed import ALONE, join
 from .envs import as_env
 from .graph import Graph, GraphError, GraphWarning, closest
-from .hypergradient.method import TorchModes, to_the_end, undisturbed
+from .undisturbed import TorchModes, to_the_end, undisturbed
 from .hypergradient.sweep import hypergradient
 from .logging import Logger, Progress, make_logger, numbers, warn_nonfinite
 from .problems.path import Draws

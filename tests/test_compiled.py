@@ -16,9 +16,10 @@ from betty_nb import Config, Debugger, Engine, EngineConfig, ImplicitProblem, It
 from betty_nb.benchmarks.by_hand import by_hand
 from betty_nb.benchmarks.measure import Program, interleaved
 from betty_nb.benchmarks.workloads import workload
-from betty_nb.hypergradient.method import Linearization, twice_differentiable, undisturbed
+from betty_nb.hypergradient.method import Linearization
 from betty_nb.problems import compiled as code
 from betty_nb.problems.compiled import Account, Compiled, Compiler, CompileWarning, Steps
+from betty_nb.undisturbed import twice_differentiable, undisturbed
 from tests.programs import BOTH, Vector, bits, noisy_program, pair, ridge_program
 from tests.repo import ROOT, child_env
 

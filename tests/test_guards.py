@@ -16,7 +16,7 @@ from tests.repo import ROOT, child_env, copy_tree, directives, files, modules, n
 # --- the house: a module imports only from lower floors, in core only from earlier rooms
 
 FLOORS = ["core", "debugger", "views", "widgets", "benchmarks", "app"]
-ROOMS = ["graph", "distributed", "hypergradient", "configs", "optim", "problems", "envs", "logging", "stopping", "summary", "checkpoint", "engine"]
+ROOMS = ["graph", "distributed", "undisturbed", "hypergradient", "configs", "optim", "problems", "envs", "logging", "stopping", "summary", "checkpoint", "engine"]
 # Who may import what, even inside a function. Nobody but the tests and notebooks may need the development tools.
 OUTSIDE = {
     "ipywidgets": {"widgets"},

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from betty_nb.debugger import Debugger
 from betty_nb.hypergradient import METHODS, make_method
-from betty_nb.hypergradient.method import Restoring, TorchModes, displaced, twice_differentiable, undisturbed
+from betty_nb.hypergradient.method import displaced
 from betty_nb.optim import discard_closed
+from betty_nb.undisturbed import Restoring, TorchModes, twice_differentiable, undisturbed
 from tests.programs import bits, noisy_program, same
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from betty_nb import Config, Debugger, Engine, EngineConfig, HigherIterativeProblem, ImplicitProblem, IterativeProblem, optim
 from betty_nb.debugger.timeline import held
 from betty_nb.hypergradient import ForwardMode, Unroll
-from betty_nb.hypergradient.method import undisturbed
 from betty_nb.optim import differentiable_step
 from betty_nb.problems.live import Row
+from betty_nb.undisturbed import undisturbed
 from tests.programs import BOTH, bits, same
 
 DOUBLE = torch.float64

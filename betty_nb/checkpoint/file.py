@@ -19,7 +19,7 @@ import torch
 from .plain import MARK, Reader, Unknown, Writer, class_name, classes_in, classes_named
 from .position import kind_of, misfit, moved, position_of
 from ..distributed import ALONE
-from ..hypergradient.method import RandomState
+from ..undisturbed import RandomState
 from ..optim import parameters_of
 from ..problems.problem import Source, generators_of, loaders_of
 from ..problems.state import LevelState

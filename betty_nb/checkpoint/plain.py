@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import torch
 
-from ..hypergradient.method import RandomState
+from ..undisturbed import RandomState
 
 # %% ../../nbs/core/34_plain.ipynb #24d70c2a
 MARK = "betty_nb"  # the key by which dictionaries that stand for something else are known

@@ -14,7 +14,8 @@ import torch
 from .records import Record, Table, show, verdict
 from ..hypergradient.cg import CG
 from ..hypergradient.exact import Exact
-from ..hypergradient.method import RandomState, displaced, flatten, unflatten
+from ..hypergradient.method import displaced, flatten, unflatten
+from ..undisturbed import RandomState
 from ..hypergradient.resolve import resolve
 from ..hypergradient.sweep import Sweep
 

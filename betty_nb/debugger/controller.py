@@ -23,7 +23,8 @@ from .probe import compare, look
 from .records import ActionRecord, LevelState, Mark, MethodInfo, MethodOption, Moved, ProgramState, Swapped, TimelineRecord
 from .tensorboard import serve
 from .timeline import Timeline
-from ..hypergradient.method import METHODS, TorchModes, make_method, to_the_end
+from ..hypergradient.method import METHODS, make_method
+from ..undisturbed import TorchModes, to_the_end
 from ..hypergradient.sweep import Sweep
 from ..stopping import InterruptLater
 

@@ -17,7 +17,8 @@ import torch
 from ..graph import GraphError
 from ..hypergradient.cg import CG
 from ..hypergradient.exact import Exact
-from ..hypergradient.method import Linearization, LinearSolve, RandomState, derivative, flatten, twice_differentiable, undisturbed
+from ..hypergradient.method import Linearization, LinearSolve, derivative, flatten
+from ..undisturbed import RandomState, twice_differentiable, undisturbed
 from ..hypergradient.sweep import Sweep
 from ..hypergradient.total import TotalLinearization
 from ..hypergradient.unroll import Unroll

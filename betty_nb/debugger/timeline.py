@@ -17,7 +17,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..configs import Options
-from ..hypergradient.method import Attributes, RandomState, same_values, small_copy, writable
+from ..undisturbed import Attributes, RandomState, same_values, small_copy, writable
 from ..logging import Logger
 from ..problems.path import Path
 from ..problems.problem import Problem

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from .method import Method, Solve, derivative, finite_together, flatten, option, register, to_the_end, twice_differentiable, unflatten
+from .method import Method, Solve, derivative, finite_together, flatten, option, register, unflatten
+from ..undisturbed import to_the_end, twice_differentiable
 
 # %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
 def _deviation(tensors, reference):

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map
 
-from ..hypergradient.method import Attributes, RandomState, flatten, nodes_of, twice_differentiable, unflatten
+from ..hypergradient.method import flatten, nodes_of, unflatten
+from ..undisturbed import Attributes, RandomState, twice_differentiable
 from ..optim import observed
 from .problem import Problem
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..hypergradient.method import with_submodules
+from ..undisturbed import with_submodules
 from ..hypergradient.unroll import Unroll
 from ..optim import Rule, options_of, parameters_of, refusal
 from .live import Live, Row, bytes_of_step, can_live

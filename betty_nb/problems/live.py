@@ -10,7 +10,8 @@ from contextlib import nullcontext
 
 import torch
 
-from ..hypergradient.method import Restoring, derivative, pass_back, pass_straight_back, plain, to_the_end, twice_differentiable, undisturbed
+from ..hypergradient.method import derivative, pass_back, pass_straight_back, plain
+from ..undisturbed import Restoring, to_the_end, twice_differentiable, undisturbed
 from ..optim import by_formula, deal, have_formula, reading
 from .path import Pass, Replay, Step, plain_update, versions
 

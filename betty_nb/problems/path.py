@@ -16,7 +16,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from ..hypergradient.method import RandomState, derivative, to_the_end, undisturbed
+from ..hypergradient.method import derivative
+from ..undisturbed import RandomState, to_the_end, undisturbed
 from ..optim import Differentiating, by_formula, discard_closed, formula_of, reading, state_of
 from .problem import Problem
 

@@ -21,7 +21,8 @@ import torch
 
 from ..configs import Config
 from ..distributed import ALONE
-from ..hypergradient.method import RandomState, Written, pass_back, twice_differentiable, unflatten
+from ..hypergradient.method import pass_back, unflatten
+from ..undisturbed import RandomState, Written, twice_differentiable
 from ..optim import quick_step
 
 # %% ../../nbs/core/22_problems.ipynb #630a0fd0

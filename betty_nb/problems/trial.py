@@ -8,7 +8,7 @@ __all__ = ['TrialStep', 'Trial']
 # %% ../../nbs/core/23_trial.ipynb #590028cf
 from dataclasses import dataclass, field, replace
 
-from ..hypergradient.method import RandomState
+from ..undisturbed import RandomState
 from .state import LevelState
 
 # %% ../../nbs/core/23_trial.ipynb #e81f9c97

@@ -12,7 +12,8 @@ import torch
 
 from .findings import Curves, Finding, Remedy, examination
 from .solves import apart, unit
-from ...hypergradient.method import RandomState, flatten, nodes_of, twice_differentiable, undisturbed
+from ...hypergradient.method import flatten, nodes_of
+from ...undisturbed import RandomState, twice_differentiable, undisturbed
 from ...hypergradient.sweep import Sweep
 
 # %% ../../../nbs/debugger/14_passes.ipynb #eefe464f

@@ -17,7 +17,8 @@ from .spectrum import spectrum
 from ...hypergradient.cg import CG
 from ...hypergradient.exact import Exact
 from ...hypergradient.identity import Identity
-from ...hypergradient.method import Linearization, RandomState, displaced, flatten, make_method, unflatten
+from ...hypergradient.method import Linearization, displaced, flatten, make_method, unflatten
+from ...undisturbed import RandomState
 from ...hypergradient.minres import MinRes
 from ...hypergradient.unroll import Unroll
 
