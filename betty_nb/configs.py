@@ -103,6 +103,11 @@ class Config(Options):
             super()._check(name, f, value)
 
     @property
+    def unroll_length(self):
+        "Own steps between two calls of the upper levels, in batches"
+        return self.unroll_steps * self.gradient_accumulation
+
+    @property
     def method(self):
         "The Method that `type` and the flat options stand for"
         if isinstance(self.type, Method):

@@ -341,7 +341,7 @@ class Engine:
 
     def _start_of_step(self, p, action):
         "What comes before the gradient: a trial is opened, or repeated; an unroll begins"
-        length = p.config.unroll_steps * p.config.gradient_accumulation
+        length = p.config.unroll_length
         if action.again is not None:
             p.trial.repeat(p, action.again)
         elif self.config.roll_back and p.parents and (p.count // length + 1) * length > p.config.warmup_steps:
@@ -466,7 +466,7 @@ class Engine:
     def _call_upper(self, p):
         "The actions of the levels above `p`, where its unroll is complete and all their other lower levels are ready too"
         config, follow, called = p.config, [], []
-        if p.count % (config.unroll_steps * config.gradient_accumulation) or p.count <= config.warmup_steps:
+        if p.count % config.unroll_length or p.count <= config.warmup_steps:
             return follow
         for name in self.graph.feeds(p.name):
             upper = self._levels[name]

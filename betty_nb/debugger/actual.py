@@ -57,7 +57,7 @@ class _Touched:
         others = [batch for batch in batches.values() if batch is not present]
         stride = max(1, len(others) // most_batches)
         yield from ((batch, 0) for batch in others[::-stride][:most_batches])
-        length = problem.config.unroll_steps * problem.config.gradient_accumulation
+        length = problem.config.unroll_length
         yield from ((present, i) for i in range(1, min(length, most_steps) + 1))
 
     def _look_at_unroll(self):

@@ -72,7 +72,7 @@ class LossJump(Breakpoint):
         if action.kind != "descend":
             return ""
         p = debugger.engine.level(action.level)
-        length = max(20, 2 * p.config.unroll_steps * p.config.gradient_accumulation)
+        length = max(20, 2 * p.config.unroll_length)
         *before, now = debugger._histories[p.name].tail(length + 1, index)
         before = [x for x in before if math.isfinite(x)]
         if len(before) < 5:

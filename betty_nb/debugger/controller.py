@@ -201,12 +201,12 @@ class Debugger:
         if action.kind != "descend" or action.manual:
             return str(action)
         p = self.engine.level(action.level)
-        length = p.config.unroll_steps * p.config.gradient_accumulation
+        length = p.config.unroll_length
         within = (p.count - 1 + ahead) % length + 1
         return f"{action} ({within} of {length})" if p.parents and length > 1 else str(action)
 
     def _level_state(self, p):
-        length = p.config.unroll_steps * p.config.gradient_accumulation
+        length = p.config.unroll_length
         return LevelState(
             name=p.name, steps=p.steps, unroll_steps=length, unrolled=p.count % length,
             parameters=sum(t.numel() for t in p.trainable_parameters()), optimizer=type(p.optimizer).__name__ if p.optimizer else "own step",
@@ -277,7 +277,7 @@ class Debugger:
         steps = p.steps
 
         def complete():
-            length = p.config.unroll_steps * p.config.gradient_accumulation
+            length = p.config.unroll_length
             return p.steps > steps and p.count % length == 0
 
         remedy = "check that the schedule reaches it (EngineConfig(train_iters=...), warmup_steps of the levels below it)"

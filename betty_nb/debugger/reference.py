@@ -58,7 +58,7 @@ class Costs:
         if key not in self._counted:
             method, problem = sweep.methods[j], self.problems[j]
             if problem.kind == "iterative":
-                length = problem.config.unroll_steps * problem.config.gradient_accumulation
+                length = problem.config.unroll_length
                 self._counted[key] = Cost(1, 5 * length * self.measured(j)[0])
             elif j in sweep.total:
                 self._counted[key] = self._total(sweep, j, method)

@@ -71,7 +71,7 @@ class IterativeProblem(Problem):
     @property
     def unroll_is_over(self):
         "Whether the next step within the schedule begins an unroll"
-        return self.count % (self.config.unroll_steps * self.config.gradient_accumulation) == 0
+        return self.count % self.config.unroll_length == 0
 
     @property
     def path(self):
@@ -186,7 +186,7 @@ class IterativeProblem(Problem):
             return False
         if self._step_bytes is None:
             self._step_bytes = bytes_of_step(self)
-        steps = self.config.unroll_steps * self.config.gradient_accumulation
+        steps = self.config.unroll_length
         return self._step_bytes * (method.truncate or steps) <= method.graph_mb * 2**20
 
     def _begin_graph(self, layout=None):

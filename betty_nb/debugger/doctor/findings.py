@@ -165,7 +165,7 @@ class Patient:
     def started(self, *levels):
         "Whether these levels have finished their first unroll; before that, little can be held against them"
         problems = [self.engine.level(j) for j in levels]
-        return all(p.steps >= p.config.unroll_steps * p.config.gradient_accumulation for p in problems)
+        return all(p.steps >= p.config.unroll_length for p in problems)
 
     def at(self, upper, level, look):
         "`look(local)`, local being the Linearization of `level` as the hypergradient of `upper` meets it"

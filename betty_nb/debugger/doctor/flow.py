@@ -198,7 +198,7 @@ def _first_update(engine, level):
     firsts, periods = [], []
     for j in lower:
         config, (first, period) = engine.level(j).config, _first_update(engine, j)
-        length = config.unroll_steps * config.gradient_accumulation
+        length = config.unroll_length
         firsts.append(first + (length * (config.warmup_steps // length + 1) - 1) * period)
         periods.append(period * length)
     return max(firsts), max(periods)
