@@ -479,6 +479,8 @@ class Engine:
 
     def _roll_backs(self, called):
         "The levels below those `called` that made a trial for them, upper ones first; one that will be rolled back anyway is left for then"
+        if all([p.trial is None for p in self.problems]):
+            return []
         below = [j for j in reversed(self.graph.order) if self._levels[j].trial is not None and any(j in self.graph.lower(k) for k in called)]
         return [action for action in (Action("roll_back", j) for j in below) if action not in self._agenda]
 
