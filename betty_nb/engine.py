@@ -389,9 +389,10 @@ class Engine:
             finally:
                 for q in early:
                     q.batch = None
-            p.add_gradient(result.total)
+            total = result.total
             if self._logs(p, p.count + 1):
-                self._shown[p.name] = result.total  # another one than the gradient, which is going to be clipped
+                self._shown[p.name] = [g.clone() for g in total]  # the gradient itself is going to be clipped
+            p.add_gradient(total)
             for j, passage in result.passages.items():
                 self._levels[j].settle(p.name, passage)
         else:

@@ -733,12 +733,66 @@ def test_a_run_uses_up_the_graph_of_an_unroll_that_is_over(truncate, monkeypatch
         raise KeyboardInterrupt
 
     failed.run(9)
-    monkeypatch.setattr("betty_nb.hypergradient.unroll.derivative", fails)
+    for name in ("derivative", "pass_back"):
+        monkeypatch.setattr(f"betty_nb.hypergradient.unroll.{name}", fails)
     with pytest.raises(KeyboardInterrupt):
         failed.run(11)
     assert failed.next_action.kind == "hypergradient", "still due, though the graph is gone"
     failed.run(20 - failed.completed)
     assert same(bits(run), bits(watched)) and same(bits(run), bits(stepped)) and same(bits(run), bits(failed))
+
+
+class Direct(Outer):
+    def training_step(self, batch):
+        return super().training_step(batch) + 0.1 * self.module().square().sum()
+
+
+class Unmoved(Outer):
+    "Its loss does not depend on the level below"
+
+    def training_step(self, batch):
+        return self.module().square().sum()
+
+
+class Wild(Inner):
+    "The derivative of its loss is infinite"
+
+    def training_step(self, batch):
+        return super().training_step(batch) + (0 * self.outer()).sqrt().sum() * self.module[0].weight.sum()
+
+
+class Started(Inner):
+    def initial_parameters(self):
+        return [p.detach() + 0.01 * self.outer().sum() for p in self.trainable_parameters()]
+
+
+AT_ONCE = {  # options of a program, and whether its hypergradients are taken without a sweep
+    "plain": ({}, True),
+    "a direct part": (dict(outer=Direct), True),
+    "no indirect part": (dict(outer=Unmoved), True),
+    "clipped and accumulated": (dict(config=Config(unroll_steps=3, gradient_accumulation=2)), True),
+    "Adam": (dict(make=torch.optim.Adam, noise=True), True),
+    "non-finite": (dict(cls=Wild), True),
+    "first order": (dict(config=Config(type=Unroll(first_order=True), unroll_steps=5)), True),
+    "truncated": (dict(config=Config(type=Unroll(truncate=3), unroll_steps=5)), False),
+    "repeated": (dict(config=Config(type=Unroll(graph_mb=0), unroll_steps=5)), False),
+    "from a point that is learned": (dict(cls=Started), False),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_hypergradient_without_a_sweep_has_the_bits_of_one_with(name, monkeypatch):
+    (options, expected), found, original = AT_ONCE[name], [], Unroll.at_once
+    monkeypatch.setattr(Unroll, "at_once", lambda *args: found.append(original(*args)) or found[-1])
+    at_once, swept = program(**options), program(**options)
+    for engine in (at_once, swept):
+        engine.outer.config.log_step = 2
+        torch.manual_seed(2)
+        engine.run(31)
+        monkeypatch.setattr(Unroll, "at_once", lambda *args: None)
+    assert {f is not None for f in found} == {expected}
+    assert everything(at_once) == everything(swept) and same(bits(at_once), bits(swept))
+    assert name != "non-finite" or (at_once.outer.module.value == START).all()
 
 
 def test_no_graph_is_used_up_in_the_middle_of_an_unroll():

@@ -46,7 +46,7 @@ class Hypergradient:
 
     @property
     def total(self):
-        "The sum, tensors of its own"
+        "The sum, in tensors of its own: autograd can give the same one for two parameters"
         if all([t is None for t in self.own]):
             return [t.clone() for t in self.indirect]
         return list(torch._foreach_add(self.direct, self.indirect))
@@ -62,9 +62,21 @@ def hypergradient(
     final=False,  # whether it is not going to be asked for again, so that the graph of an unroll that is over may be used up
 ):
     "The Hypergradient of `level` at the present parameters and batches. The lower levels notice nothing of it."
+    if final and (found := _at_once(graph, problems, level, loss)):
+        return Hypergradient(level, *found)
     sweep = Sweep(graph, problems, level, (level,), methods, hessian, final)
     own, indirect = sweep.parts(loss)
     return Hypergradient(level, own[level], indirect[level], sweep.passages)
+
+
+def _at_once(graph, problems, level, loss):
+    "The pair (own, indirect) where the only level below is a method's that gives it without a sweep, whose record nobody would see; else None"
+    below = graph.below(level)
+    lower = problems[below[0]]
+    if lower.kind != "iterative" or len(below) > 1 or level not in graph.upper(lower.name):
+        return None
+    method = lower.method
+    return method.at_once(lower, problems[level], loss) if hasattr(method, "at_once") else None
 
 
 class Sweep:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from .method import Method, Solve, derivative, finite_together, flatten, option, register, unflatten
+from .method import Method, Solve, derivative, finite_together, flatten, option, pass_back, register, unflatten
 from ..undisturbed import to_the_end, twice_differentiable
 
 # %% ../../nbs/core/26_unroll.ipynb #b4c27ef8
@@ -40,8 +40,7 @@ class _Through(Method):
         try:  # not `with`: an interrupt that is due at its end would keep the context from closing
             found, deviations, steps = self._pulled(replay, adjoint, wanted, level.final and level.problem.unroll_is_over)
         except RuntimeError as error:
-            if "KeyboardInterrupt" in str(error):  # TorchScript, in which torch has some derivatives, turns an interrupt into an error
-                raise KeyboardInterrupt from error
+            _raise_interrupt(error)
             raise
         finally:
             to_the_end(replay.close)
@@ -95,6 +94,40 @@ class Unroll(_Through):
     checkpoint: int = option(0, "repeat the steps, so many at a time; 0 for the square root of unroll_steps where they are repeated", low=0)
     first_order: bool = option(False, "leave out second derivatives: the gradient of a step counts as a constant")
 
+    def at_once(self, lower, upper, loss):
+        """The pair (own, indirect) of `Hypergradient` for the level `upper`, whose loss depends on the level `lower` only, by two passes backward.
+
+        None unless all steps of the unroll, which is over, are in one graph that nobody needs afterwards."""
+        path, own, theta = lower.path, upper.trainable_parameters(), lower.meta_trainable_parameters()
+        if self.truncate or path is None or len(path.stretches) != 1 or path.dropped or not lower.unroll_is_over:
+            return None
+        (stretch,) = path.stretches
+        live = stretch.live
+        if live is None or not self._whole(live, stretch) or upper.processes.count > 1 or lower.loss_scale != 1 or upper.loss_scale != 1:
+            return None
+        places, total = live.places, dict.fromkeys(map(id, own))
+        if places.path is not path or places.begins_elsewhere or [*map(id, theta)] != [*map(id, places.own)]:
+            return None
+        if not all([t.requires_grad for t in live.after]) or not total.keys() <= places.placed:
+            return None
+        stretch.end_graph()
+        try:
+            n, found = len(own), pass_back([loss], [*own, *theta])
+            made = [(t, p) for t, p in live.inputs.made if id(p) in total]
+            if made and any([g is not None for g in found[n:]]):
+                adjoint = [torch.zeros_like(t) if g is None else g for t, g in zip(theta, found[n:])]
+                for (_, p), g in zip(made, pass_back(live.after, [t for t, _ in made], adjoint)):
+                    _accumulate(total, p, g)
+        except RuntimeError as error:
+            _raise_interrupt(error)
+            raise
+        indirect, _ = finite_together(list(total.values()))
+        return found[:n], [torch.zeros_like(p) if g is None else g for p, g in zip(own, indirect)]
+
+    def _whole(self, live, stretch):
+        "Whether the graph with which the steps of a stretch were made can be used as it is"
+        return live.steps == len(stretch.steps) and live.second_order != self.first_order and self.graph_mb and not self.checkpoint
+
     def _pulled(self, replay, adjoint, wanted, final):
         stretches = replay.path.stretches
         ends = [s.start.parameters for s in stretches[1:]] + [replay.own]
@@ -116,7 +149,7 @@ class Unroll(_Through):
     def _stretch(self, replay, stretch, first, end, adjoint, state_adjoint, wanted, total, further, final):
         "Pull the adjoint of the end of a stretch back to its beginning (only if there is something `further` back) or its step `first`; adds to `total`"
         live = stretch.live  # the graph with which the steps were made, if they were
-        if live is None or first or self.checkpoint or not self.graph_mb or live.steps != len(stretch.steps) or live.second_order == self.first_order:
+        if live is None or first or not self._whole(live, stretch):
             live = self._repeated(replay, stretch, first, wanted)
         made_before = live is stretch.live
         if made_before and final:  # torch can free the graph on the way, for which nobody may find it here, not even after an interrupt
@@ -172,6 +205,12 @@ class Unroll(_Through):
         if pairs and targets:
             for (_, parameter), g in zip(targets, self._grad(replay, pairs, [t for t, _ in targets])):
                 _accumulate(total, parameter, g)
+
+
+def _raise_interrupt(error):
+    "Let an interrupt that TorchScript, in which torch has some derivatives, has turned into an `error` be one again"
+    if "KeyboardInterrupt" in str(error):
+        raise KeyboardInterrupt from error
 
 
 def _accumulate(total, parameter, gradient):

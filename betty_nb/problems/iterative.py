@@ -174,14 +174,14 @@ class IterativeProblem(Problem):
             self._path = Path(self)
             self._path.first = self._path.others.seen()
         if self._path.needs_room:
-            held = self._holds_graph()
-            self._path.make_room(self._stretch_length(held), held)
+            method = self.method
+            held = self._holds_graph(method)
+            self._path.make_room(self._stretch_length(method, held), held)
             if held:
                 self._begin_graph(self._path.layout)  # of just now
 
-    def _holds_graph(self):
+    def _holds_graph(self, method):
         "Whether the steps of a new stretch are made with their graph"
-        method = self.method
         if not isinstance(method, Unroll) or not method.graph_mb or method.checkpoint or not can_live(self):
             return False
         if self._step_bytes is None:
@@ -307,8 +307,8 @@ class IterativeProblem(Problem):
 
     longest = 100  # steps of a stretch made with its graph, which are repeated after going back into it
 
-    def _stretch_length(self, held):
-        method, steps = self.method, self.config.unroll_steps
+    def _stretch_length(self, method, held):
+        steps = self.config.unroll_steps
         if held:
             return min(self.longest, max(1, math.isqrt(method.truncate)) if method.truncate else steps)
         return getattr(method, "checkpoint", 0) or max(1, math.isqrt(steps))
