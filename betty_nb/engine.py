@@ -442,9 +442,13 @@ class Engine:
 
     def _steps_alone(self, p, unroll):
         "The number of steps of `p`, the present one included, up to the first after which something is due: the end of the run or of the `unroll`, a log, a validation"
-        valid_step = self.config.valid_step if self._validates else 0
-        left = (every - done % every for done, every in ((p.count, p.config.log_step), (self.completed, valid_step), (p.count, unroll)) if every > 0)
-        return min((self.goal - self.completed, *left))
+        completed, log_step, valid_step = self.completed, p.config.log_step, self.config.valid_step
+        left = self.goal - completed
+        if unroll > 0:
+            left = min(left, unroll - p.count % unroll)
+        if log_step > 0:
+            left = min(left, log_step - p.count % log_step)
+        return min(left, valid_step - completed % valid_step) if self._validates else left
 
     def _next_batch(self, draw):
         "The end of an iteration, and the `draw` that begins the next one; False, with nothing drawn, where the run is to pause in between"

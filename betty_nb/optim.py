@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['Differentiating', 'discard_closed', 'refusal', 'parameters_of', 'state_of', 'options_of', 'twin', 'reading', 'deal',
-           'differentiable_step', 'observed', 'formula_of', 'have_formula', 'Rule', 'by_formula', 'quick_step']
+           'differentiable_step', 'observed', 'formula_of', 'have_formula', 'Rule', 'by_formula', 'group_by_formula',
+           'quick_step']
 
 # %% ../nbs/core/24_optim.ipynb #ce01f0fe
+from operator import is_
+
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
@@ -361,14 +364,14 @@ class Rule:
     "The options of `optimizer`, and the formula for a step with them: looked up anew where one has changed"
 
     def __init__(self, optimizer):
-        self.optimizer, self.options, self.formula, self._known, self._ids = optimizer, None, None, (), None
+        self.optimizer, self.options, self.formula, self._values = optimizer, None, None, ()
 
     def look(self):
         "Look at the options; whether there is a formula for a step with them that nobody has asked to see"
         groups = self.optimizer.param_groups
-        ids = [*map(id, groups[0].values())] if len(groups) == 1 else [[*map(id, group.values())] for group in groups]  # a tensor can equal a number
-        if ids != self._ids:
-            self._ids, self._known, self.options = ids, [dict(group) for group in groups], options_of(self.optimizer)  # what is known keeps its id
+        values = [*groups[0].values()] if len(groups) == 1 else [v for group in groups for v in group.values()]
+        if len(values) != len(self._values) or not all(map(is_, values, self._values)):  # not whether they are equal: a tensor can equal a number
+            self._values, self.options = values, options_of(self.optimizer)
             self.formula = _formula(self.optimizer, self.options)
         return self.formula is not None and not observed(self.optimizer)
 
@@ -377,19 +380,19 @@ def by_formula(formula, optimizer, parameters, gradients, state, options, once=F
     "The pair (parameters, state) after one step by a formula; `once`: nobody is going to take second derivatives of it, which saves time"
     states = state or [{}] * len(parameters)
     if len(options) == 1:
-        return _moved(formula, parameters, gradients, states, options[0], once)
+        return group_by_formula(formula, parameters, gradients, states, options[0], once)
     moved, new, begin = [], [], 0
     for group, held in zip(options, optimizer.param_groups):
         of_group = slice(begin, begin + len(held["params"]))
-        ps, own = _moved(formula, parameters[of_group], gradients[of_group], states[of_group], group, once)
+        ps, own = group_by_formula(formula, parameters[of_group], gradients[of_group], states[of_group], group, once)
         begin = of_group.stop
         moved += ps
         new += own
     return moved, new
 
 
-def _moved(formula, parameters, gradients, states, options, once):
-    "The same for one group"
+def group_by_formula(formula, parameters, gradients, states, options, once):
+    "The same for one group, with its `options`; `states` has a dictionary, perhaps an empty one, for each parameter"
     if once and len(parameters) >= _FROM[formula] and _alike(parameters, gradients, states):
         return _TOGETHER[formula](parameters, gradients, states, options)
     if len(parameters) == 1 and gradients[0] is not None:
@@ -533,10 +536,13 @@ def quick_step(optimizer):
     return True
 
 
+_NUMBERS = {float, int}
+
+
 def _lists(group, states, adam):
     "Parameters with a gradient, their gradients and state, as lists of tensors; None where something is unusual"
     numbers = (group["lr"], group["weight_decay"], *(group["betas"] if adam else (group["momentum"], group["dampening"])))
-    if not set(map(type, numbers)) <= {float, int} or group["fused"] or group["differentiable"]:
+    if not _NUMBERS.issuperset(map(type, numbers)) or group["fused"] or group["differentiable"]:
         return None
     parameters, gradients = [], []
     for p in group["params"]:
@@ -550,10 +556,10 @@ def _lists(group, states, adam):
         gradients.append(g)
     if adam:
         own = [states.get(p) for p in parameters]
-        if not all(own) or group["capturable"] or "decoupled_weight_decay" not in group or len({s["step"].item() for s in own}) > 1:
+        if not all(own) or group["capturable"] or "decoupled_weight_decay" not in group or len(own) > 1 and len({s["step"].item() for s in own}) > 1:
             return None
-        names = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-        return parameters, gradients, *([s[name] for s in own] for name in names)
+        lists = parameters, gradients, [s["step"] for s in own], [s["exp_avg"] for s in own], [s["exp_avg_sq"] for s in own]
+        return (*lists, [s["max_exp_avg_sq"] for s in own]) if group["amsgrad"] else lists
     if not group["momentum"]:
         return parameters, gradients
     buffers = [states[p].get("momentum_buffer") if p in states else None for p in parameters]

@@ -12,7 +12,7 @@ import torch
 
 from ..hypergradient.method import derivative, pass_back, pass_straight_back, plain
 from ..undisturbed import Restoring, to_the_end, twice_differentiable, undisturbed
-from ..optim import by_formula, deal, have_formula, reading
+from ..optim import by_formula, deal, group_by_formula, have_formula, reading
 from .path import Pass, Replay, Step, plain_update, versions
 
 # %% ../../nbs/core/27_live.ipynb #9d58457f
@@ -88,7 +88,10 @@ class Live:
 
     def step(self, rule, gradients):
         "Make the step in the graph, with `gradients` along the parameters and the formula of the Rule, and give the parameters its values"
-        self.after, self.after_state = by_formula(rule.formula, rule.optimizer, self.after, gradients, self.after_state, rule.options, once=True)
+        if len(rule.options) == 1:
+            self.after, self.after_state = group_by_formula(rule.formula, self.after, gradients, self.after_state, rule.options[0], True)
+        else:
+            self.after, self.after_state = by_formula(rule.formula, rule.optimizer, self.after, gradients, self.after_state, rule.options, once=True)
         self.steps += 1
         own = self.places.own
         _copy(own, self.after)
@@ -158,13 +161,17 @@ class Row(Restoring):
         optimizer = self._optimizer = self.problem.optimizer
         self._buffers = [dict(m._buffers) for m in self.live.places.buffered]
         self._reading = reading(optimizer, self.live.after)
-        self._kernels = self.live._kernels()
+        self._twice = twice_differentiable() if self.live.second_order else None
+        if self._twice is not None:
+            self._twice._keep()
 
     def _change(self):
-        self._kernels.__enter__()
+        if self._twice is not None:
+            self._twice._change()
 
     def _restore(self):
-        self._kernels.__exit__(None, None, None)
+        if self._twice is not None:
+            self._twice._restore()
         self.live.put_back(self._optimizer, self._buffers)
         if self.made:
             self.live.copy_state()
@@ -178,8 +185,8 @@ class Row(Restoring):
         "Make steps, each on the batch drawn last. False where `between` has refused, so that no step is due; `problem.stepped` says whether one has been made"
         problem, live, places, rule, alone = self.problem, self.live, self.live.places, self.rule, self.alone
         path, buffered, groups, allow_unused = problem._path, places.buffered, self._reading.param_groups, problem.config.allow_unused
-        draw, longest = problem.drawing() if alone else problem.draw, problem.longest_way_back
-        in_place, buffers = None, ()  # in_place: what stands for the parameters of other levels now
+        draw, longest, steps = problem.drawing() if alone else problem.draw, problem.longest_way_back, live.stretch.steps
+        in_place, buffers, group = None, (), groups[0] if len(groups) == 1 else None  # in_place: what stands for the parameters of other levels now
         goes_on = rule.look() and live.untouched()
         while goes_on:
             seen, counters, before, after = path.others.seen(), problem.counters(), self.random or problem._draws.before(), live.after
@@ -190,7 +197,10 @@ class Row(Restoring):
                 places.put_own(after)
             else:
                 places.put(after, live.inputs(seen))
-            deal(groups, after)
+            if group is None:
+                deal(groups, after)
+            else:
+                group["params"] = after[:]
             problem.optimizer = self._reading
             loss, problem.metrics = problem.evaluate(problem.batch)
             problem.last_loss = loss.detach()
@@ -218,7 +228,11 @@ class Row(Restoring):
                 found = live.gradients
             live.step(rule, found)
             self.made += 1
-            path.add_step(Step((Pass(problem.batch, seen, counters, random, 1, 1.0, None),), rule.options, None), longest)
+            step = Step((Pass(problem.batch, seen, counters, random, 1, 1.0, None),), rule.options, None)
+            if longest:
+                path.add_step(step, longest)
+            else:
+                steps.append(step)
             if self.made == most:
                 problem.stepped = 1
                 break

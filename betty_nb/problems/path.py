@@ -151,7 +151,7 @@ class Others:
 
 def versions(tensors):
     "How often torch has seen each of the `tensors` change"
-    return list(map(_version, tensors))
+    return [*map(_version, tensors)]
 
 
 _version, _place = attrgetter("_version"), torch.Tensor.data_ptr

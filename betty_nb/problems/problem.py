@@ -380,7 +380,7 @@ class Problem:
             batch, new_epoch = sources[0].next()
             if new_epoch:
                 self.epoch_callback()
-            return to_device(batch, self.device)
+            return batch if batch is self.batch else to_device(batch, self.device)  # the same again is in its place
         drawn = [source.next() for source in sources]
         if any(new_epoch for _, new_epoch in drawn):
             self.epoch_callback()
@@ -415,8 +415,9 @@ class Problem:
         def draw(source=sources[0]):
             if self._sources is not sources:  # another loader has been set
                 return self.draw()
-            batch = source.next()[0]
-            self.batch = batch if batch is self.batch else to_device(batch, self.device)  # the same again is in its place
+            batch, _ = source.next()
+            if batch is not self.batch:
+                self.batch = to_device(batch, self.device)
             self.drawn += 1
 
         return draw
@@ -650,9 +651,11 @@ class Problem:
             self.param_callback()
 
     def step_scheduler(self):
+        if self.scheduler is None:
+            return
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step(self.last_loss)
-        elif self.scheduler is not None:
+        else:
             self.scheduler.step()
 
     def step(self, global_step=None):
