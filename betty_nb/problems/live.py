@@ -161,7 +161,7 @@ class Row(Restoring):
         optimizer = self._optimizer = self.problem.optimizer
         self._buffers = [dict(m._buffers) for m in self.live.places.buffered]
         self._reading = reading(optimizer, self.live.after)
-        self._twice = twice_differentiable() if self.live.second_order else None
+        self._twice = twice_differentiable() if self.live.second_order else None  # a context in this one, put back by it
         if self._twice is not None:
             self._twice._keep()
 
@@ -199,7 +199,7 @@ class Row(Restoring):
                 places.put(after, live.inputs(seen))
             if group is None:
                 deal(groups, after)
-            else:
+            else:  # the same, without the call
                 group["params"] = after[:]
             problem.optimizer = self._reading
             loss, problem.metrics = problem.evaluate(problem.batch)
