@@ -407,7 +407,7 @@ class Problem:
         self.drawn += 1
 
     def drawing(self):
-        "`draw`, or where each batch is the next one of a list, without code of the user's, a function that does the same in half the time"
+        "`draw`, or where each batch is the next one of a list, without code of the user's, a function that does the same with less in between"
         sources = () if self.train_data_loader is None or self.waiting or self.reader != self.fetch else self.sources()
         if len(sources) != 1 or not sources[0].listed:
             return self.draw
